@@ -1,0 +1,51 @@
+// The compiled module pyaccel._C: build facts, instruction sets, and one call for each kernel family.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "core/isa.h"
+#include "core/tensor.h"
+
+namespace pyaccel::neuron {
+void bind(pybind11::module_& m);
+}
+
+namespace {
+
+namespace py = pybind11;
+using pyaccel::Isa;
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PYACCEL_VERSION;
+  info["compiler"] = __VERSION__;
+#ifdef PYACCEL_CUDA
+  info["cuda"] = PYACCEL_CUDA;  // "13.0; 80 90"
+#else
+  info["cuda"] = py::none();
+#endif
+  info["best_isa"] = pyaccel::name(pyaccel::best_isa());
+  info["isa"] = pyaccel::name(pyaccel::isa());
+  info["threads"] = omp_get_max_threads();
+  return info;
+}
+
+void force_isa(const std::string& level) {
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (level == pyaccel::name(isa)) return pyaccel::force_isa(isa);
+  throw py::value_error("isa must be baseline, avx2 or avx512, got \"" + level + "\"");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of pyaccel. Private: use pyaccel.ops.";
+  pyaccel::isa();  // a wrong PYACCEL_ISA is reported at import
+  m.def("build_info", &build_info);
+  m.def("force_isa", &force_isa, py::arg("level"));
+  m.def("describe", [](const pyaccel::Tensor& t) { return t.describe(); }, py::arg("tensor").none(true),
+        "What reaches a kernel: dtype, shape, strides and device as DLPack gives them.");
+  auto neuron = m.def_submodule("neuron");
+  pyaccel::neuron::bind(neuron);
+}

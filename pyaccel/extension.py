@@ -1,0 +1,18 @@
+"""The compiled module, or the reason why it is not there. `import pyaccel` works either way; see `ops.library`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+_C: ModuleType | None
+missing: str | None = None
+try:
+    from pyaccel import _C  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _C = None
+    missing = f"the compiled module pyaccel._C could not be imported ({error})"
+
+
+def has_cuda() -> bool:
+    """Whether CUDA kernels were built in."""
+    return _C is not None and _C.build_info()["cuda"] is not None
