@@ -1,0 +1,308 @@
+// Python names of the neuron family: checks, device dispatch. Outputs are allocated by the caller.
+#include <pybind11/pybind11.h>
+
+#include <optional>
+
+#include "../core/tensor.h"
+#include "kernels_cpu.h"
+#ifdef PYACCEL_CUDA
+#include "neuron_cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace pyaccel::neuron {
+namespace {
+
+// The options of a neuron as they cross from Python: (leak, threshold, reset, detach_reset, delay, surrogate, scale, width).
+using Options = std::tuple<double, double, int, bool, bool, int, double, double>;
+
+Neuron neuron_of(const Options& o) {
+  Neuron n;
+  n.leak.value = std::get<0>(o);
+  n.threshold.value = std::get<1>(o);
+  n.reset = static_cast<Reset>(std::get<2>(o));
+  n.detach_reset = std::get<3>(o);
+  n.delay = std::get<4>(o);
+  n.surrogate = static_cast<Surrogate>(std::get<5>(o));
+  n.scale = std::get<6>(o);
+  n.width = std::get<7>(o);
+  return n;
+}
+
+struct Call {
+  const char* op;
+  const Tensor& current;
+  Dtype state;
+
+  Call(const char* op, const Tensor& current) : op(op), current(current), state(state_of(current.dtype)) {
+    if (!current || current.ndim < 1 || !is_floating(current.dtype)) refuse(op, "current", "a floating tensor [T, ...]", current);
+    if (!is_dense(current, 1) || (current.shape[0] > 1 && current.size() > 0 && current.strides[0] != current.size() / current.shape[0]))
+      refuse(op, "current", "dense with time outermost", current);
+  }
+  // A tensor like `current`, one step of it in the state type, or a contiguous one; null where absent.
+  void* sequence(const char* name, const Tensor& t) const {
+    if (!t) return nullptr;
+    if (!same_layout(required(op, name, t, current.dtype, current), 0, current, 0)) refuse(op, name, "of current's shape and strides", t);
+    return t.data;
+  }
+  void* step(const char* name, const Tensor& t) const {
+    if (!t) return nullptr;
+    if (!same_layout(required(op, name, t, state, current), 0, current, 1)) refuse(op, name, "of the shape and strides of one step of current", t);
+    return t.data;
+  }
+  void* plain(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
+    if (!t) return nullptr;
+    return contiguous(op, name, required(op, name, t, state, current), shape).data;
+  }
+  void* must(const char* name, void* data, const Tensor& t) const {
+    if (!t) refuse(op, name, "given", t);
+    return data;
+  }
+};
+
+Sequence sequence_of(const Call& call, const Tensor& leak, const Tensor& threshold) {
+  Sequence s{call.current.dtype};
+  s.steps = call.current.shape[0];
+  s.neurons = s.steps > 0 ? call.current.size() / s.steps : 0;
+  if ((leak && leak.ndim > 0) || (threshold && threshold.ndim > 0)) {
+    if (call.current.ndim < 3) refuse(call.op, "current", "[T, B, C, ...] for per-channel parameters", call.current);
+    s.channels = call.current.shape[2];
+    s.inner = s.channels > 1 ? call.current.strides[2] : 1;
+  }
+  return s;
+}
+
+// Values a channel: [C]; a 0-d tensor serves only where the sequence counts as one channel.
+void set_parameter(const Call& call, const char* name, const Tensor& t, int64_t channels, Parameter& p) {
+  if (!t) return;
+  const bool single = t.ndim == 0 && channels == 1;
+  p.per_channel = single ? required(call.op, name, t, call.state, call.current).data : call.plain(name, t, {channels});
+}
+
+BnttShape bntt_shape(const Call& call) {
+  const Tensor& x = call.current;
+  if (x.ndim < 3) refuse(call.op, "current", "[T, B, C, ...]", x);
+  BnttShape s{x.dtype};
+  s.steps = x.shape[0];
+  s.channels = x.shape[2];
+  int64_t pixels = 1, expected = 1;
+  bool plain = true;
+  for (int d = x.ndim - 1; d > 2; --d) {
+    plain = plain && (x.shape[d] <= 1 || x.strides[d] == expected);
+    expected *= x.shape[d];
+    pixels *= x.shape[d];
+  }
+  plain = plain && (x.shape[2] <= 1 || x.strides[2] == expected);
+  if (plain) {
+    s.outer = x.shape[1];
+    s.inner = pixels;
+    return s;
+  }
+  expected = s.channels;  // channels innermost, then the pixels in order, then the batch
+  bool last = x.shape[2] <= 1 || x.strides[2] == 1;
+  for (int d = x.ndim - 1; d > 2; --d) {
+    last = last && (x.shape[d] <= 1 || x.strides[d] == expected);
+    expected *= x.shape[d];
+  }
+  if (!last || !(x.shape[1] <= 1 || x.strides[1] == expected)) refuse(call.op, "current", "contiguous or channels-last", x);
+  s.outer = x.shape[1] * pixels;
+  s.inner = 1;
+  return s;
+}
+
+#ifdef PYACCEL_CUDA
+#define PYACCEL_ON(tensor, function, ...)                                                        \
+  if ((tensor).on_cuda()) {                                                                      \
+    void* stream = current_stream(tensor);                                                       \
+    py::gil_scoped_release release;                                                              \
+    cuda::function(__VA_ARGS__, (tensor).device.id, stream);                                     \
+    return;                                                                                      \
+  }
+#else
+#define PYACCEL_ON(tensor, function, ...) \
+  if ((tensor).on_cuda()) throw std::runtime_error("this build of pyaccel has no CUDA kernels (see python -m pyaccel doctor)");
+#endif
+#define PYACCEL_RUN(function, parameters) \
+  {                                       \
+    py::gil_scoped_release release;       \
+    PYACCEL_CALL(function(parameters));   \
+  }
+
+void lif_forward(const Tensor& current, const Tensor& membrane, const Tensor& leak, const Tensor& threshold, const Options& options,
+                 int64_t every, const Tensor& spikes, const Tensor& membrane_out, const Tensor& checkpoints) {
+  const Call call("lif", current);
+  LifForward f{neuron_of(options), sequence_of(call, leak, threshold)};
+  set_parameter(call, "leak", leak, f.sequence.channels, f.neuron.leak);
+  set_parameter(call, "threshold", threshold, f.sequence.channels, f.neuron.threshold);
+  f.current = current.data;
+  f.membrane = call.step("membrane", membrane);
+  f.spikes = call.must("spikes", call.sequence("spikes", spikes), spikes);
+  f.membrane_out = call.must("membrane_out", call.step("membrane_out", membrane_out), membrane_out);
+  if (every > 0) {
+    f.checkpoint_every = every;
+    const int64_t kept = f.sequence.steps > 0 ? (f.sequence.steps - 1) / every : 0;
+    f.checkpoints = call.must("checkpoints", call.plain("checkpoints", checkpoints, {kept, f.sequence.neurons}), checkpoints);
+  }
+  if (f.sequence.neurons == 0) return;
+  PYACCEL_ON(current, lif_forward, f)
+  PYACCEL_RUN(lif_forward, f)
+}
+
+void lif_backward(const Tensor& current, const Tensor& membrane, const Tensor& leak, const Tensor& threshold, const Options& options,
+                  int64_t every, const Tensor& checkpoints, const Tensor& grad_spikes, const Tensor& grad_membrane,
+                  const Tensor& grad_current, const Tensor& grad_membrane_in, const Tensor& grad_leak, const Tensor& grad_threshold) {
+  const Call call("lif_backward", current);
+  LifBackward f{neuron_of(options), sequence_of(call, leak, threshold)};
+  set_parameter(call, "leak", leak, f.sequence.channels, f.neuron.leak);
+  set_parameter(call, "threshold", threshold, f.sequence.channels, f.neuron.threshold);
+  f.current = current.data;
+  f.membrane = call.step("membrane", membrane);
+  f.grad_spikes = call.sequence("grad_spikes", grad_spikes);
+  f.grad_membrane = call.step("grad_membrane", grad_membrane);
+  f.grad_current = call.must("grad_current", call.sequence("grad_current", grad_current), grad_current);
+  f.grad_membrane_in = call.step("grad_membrane_in", grad_membrane_in);
+  f.grad_leak = call.step("grad_leak", grad_leak);
+  f.grad_threshold = call.step("grad_threshold", grad_threshold);
+  if (every > 0) {
+    f.checkpoint_every = every;
+    const int64_t kept = f.sequence.steps > 0 ? (f.sequence.steps - 1) / every : 0;
+    f.checkpoints = call.must("checkpoints", call.plain("checkpoints", checkpoints, {kept, f.sequence.neurons}), checkpoints);
+  }
+  if (f.sequence.neurons == 0) return;
+  PYACCEL_ON(current, lif_backward, f)
+  PYACCEL_RUN(lif_backward, f)
+}
+
+int64_t bntt_scratch_bytes(const Tensor& current, bool backward) {
+#ifdef PYACCEL_CUDA
+  if (current.on_cuda()) return cuda::bntt_scratch_bytes(bntt_shape(Call("bntt", current)), backward);
+#endif
+  (void)backward;
+  (void)current;
+  return 0;
+}
+
+void bntt_statistics(const Tensor& current, const Tensor& mean, const Tensor& var, const Tensor& scratch) {
+  const Call call("bntt_statistics", current);
+  BnttStatistics f{bntt_shape(call)};
+  const auto grid = {f.shape.steps, f.shape.channels};
+  f.current = current.data;
+  f.mean = call.must("mean", call.plain("mean", mean, grid), mean);
+  f.var = call.must("var", call.plain("var", var, grid), var);
+  (void)scratch;
+  if (current.size() == 0) return;
+  PYACCEL_ON(current, bntt_statistics, f, scratch.data)
+  PYACCEL_RUN(bntt_statistics, f)
+}
+
+void bntt_forward(const Tensor& current, const Tensor& weight, const Tensor& membrane, const Tensor& leak, const Tensor& threshold,
+                  const Options& options, double eps, bool batch_statistics, const Tensor& mean, const Tensor& var,
+                  const Tensor& spikes, const Tensor& membrane_out, const Tensor& scratch) {
+  const Call call("bntt_lif", current);
+  BnttForward f{neuron_of(options), bntt_shape(call)};
+  const auto grid = {f.shape.steps, f.shape.channels};
+  set_parameter(call, "leak", leak, f.shape.channels, f.neuron.leak);
+  set_parameter(call, "threshold", threshold, f.shape.channels, f.neuron.threshold);
+  f.eps = eps;
+  f.current = current.data;
+  f.weight = call.must("weight", call.plain("weight", weight, grid), weight);
+  f.membrane = call.step("membrane", membrane);
+  f.batch_statistics = batch_statistics;
+  f.mean = call.must("mean", call.plain("mean", mean, grid), mean);
+  f.var = call.must("var", call.plain("var", var, grid), var);
+  f.spikes = call.must("spikes", call.sequence("spikes", spikes), spikes);
+  f.membrane_out = call.must("membrane_out", call.step("membrane_out", membrane_out), membrane_out);
+  (void)scratch;
+  if (current.size() == 0) return;
+  PYACCEL_ON(current, bntt_forward, f, scratch.data)
+  PYACCEL_RUN(bntt_forward, f)
+}
+
+void bntt_backward(const Tensor& current, const Tensor& weight, const Tensor& membrane, const Tensor& leak, const Tensor& threshold,
+                   const Options& options, double eps, bool batch_statistics, const Tensor& mean, const Tensor& var,
+                   const Tensor& grad_spikes, const Tensor& grad_membrane, int phase, const Tensor& sums, double count,
+                   const Tensor& grad_current, const Tensor& grad_weight, const Tensor& grad_membrane_in, const Tensor& grad_leak,
+                   const Tensor& grad_threshold, const Tensor& scratch) {
+  const Call call("bntt_lif_backward", current);
+  BnttBackward f{neuron_of(options), bntt_shape(call)};
+  const auto grid = {f.shape.steps, f.shape.channels};
+  set_parameter(call, "leak", leak, f.shape.channels, f.neuron.leak);
+  set_parameter(call, "threshold", threshold, f.shape.channels, f.neuron.threshold);
+  f.eps = eps;
+  f.current = current.data;
+  f.weight = call.must("weight", call.plain("weight", weight, grid), weight);
+  f.membrane = call.step("membrane", membrane);
+  f.batch_statistics = batch_statistics;
+  f.mean = call.must("mean", call.plain("mean", mean, grid), mean);
+  f.var = call.must("var", call.plain("var", var, grid), var);
+  f.grad_spikes = call.sequence("grad_spikes", grad_spikes);
+  f.grad_membrane = call.step("grad_membrane", grad_membrane);
+  f.phase = static_cast<BnttPhase>(phase);
+  f.sums = call.plain("sums", sums, {2, f.shape.steps, f.shape.channels});
+  if (f.phase != BnttPhase::whole) call.must("sums", f.sums, sums);
+  f.count = count;
+  f.grad_current = call.sequence("grad_current", grad_current);
+  if (f.phase != BnttPhase::sums_only) call.must("grad_current", f.grad_current, grad_current);
+  f.grad_weight = call.plain("grad_weight", grad_weight, grid);
+  f.grad_membrane_in = call.step("grad_membrane_in", grad_membrane_in);
+  f.grad_leak = call.plain("grad_leak", grad_leak, {f.shape.channels});
+  f.grad_threshold = call.plain("grad_threshold", grad_threshold, {f.shape.channels});
+  (void)scratch;
+  if (current.size() == 0) return;
+  PYACCEL_ON(current, bntt_backward, f, scratch.data)
+  PYACCEL_RUN(bntt_backward, f)
+}
+
+void encode(const Tensor& image, const Tensor& sample_ids, int64_t seed, int64_t stream_id, int64_t first_step, double gain,
+            const Tensor& spikes) {
+  const char* op = "poisson_encode";
+  if (!image || image.ndim < 1 || !is_floating(image.dtype)) refuse(op, "image", "a floating tensor [B, ...]", image);
+  if (!is_dense(image, 1)) refuse(op, "image", "dense", image);
+  required(op, "spikes", spikes, image.dtype, image);
+  if (!same_layout(spikes, 1, image, 0) || spikes.ndim != image.ndim + 1) refuse(op, "spikes", "[T, ...] over image's layout", spikes);
+  Encode f;
+  f.dtype = image.dtype;
+  f.steps = spikes.shape[0];
+  f.samples = image.shape[0];
+  f.pixels = f.samples > 0 ? image.size() / f.samples : 0;
+  f.channels_last = image.ndim == 4 && image.shape[1] > 1 && image.shape[2] * image.shape[3] > 1 && image.strides[1] == 1;
+  if (f.channels_last) {
+    f.channels = image.shape[1];
+    f.inner = image.shape[2] * image.shape[3];
+  }
+  f.gain = gain;
+  f.seed = static_cast<uint64_t>(seed);
+  f.stream = static_cast<uint32_t>(stream_id);
+  f.first_step = static_cast<uint32_t>(first_step);
+  if (sample_ids) f.sample_ids = static_cast<const int64_t*>(contiguous(op, "sample_ids", required(op, "sample_ids", sample_ids, Dtype::i64, image), {f.samples}).data);
+  f.image = image.data;
+  f.spikes = spikes.data;
+  if (spikes.size() == 0) return;
+  PYACCEL_ON(image, encode, f)
+  PYACCEL_RUN(encode, f)
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  const auto opt = [](const char* name) { return py::arg(name).none(true); };
+  m.def("lif_forward", &lif_forward, py::arg("current"), opt("membrane"), opt("leak"), opt("threshold"), py::arg("options"),
+        py::arg("checkpoint_every"), py::arg("spikes"), py::arg("membrane_out"), opt("checkpoints"));
+  m.def("lif_backward", &lif_backward, py::arg("current"), opt("membrane"), opt("leak"), opt("threshold"), py::arg("options"),
+        py::arg("checkpoint_every"), opt("checkpoints"), opt("grad_spikes"), opt("grad_membrane"), py::arg("grad_current"),
+        opt("grad_membrane_in"), opt("grad_leak"), opt("grad_threshold"));
+  m.def("bntt_scratch_bytes", &bntt_scratch_bytes, py::arg("current"), py::arg("backward"));
+  m.def("bntt_statistics", &bntt_statistics, py::arg("current"), py::arg("mean"), py::arg("var"), opt("scratch"));
+  m.def("bntt_forward", &bntt_forward, py::arg("current"), py::arg("weight"), opt("membrane"), opt("leak"), opt("threshold"),
+        py::arg("options"), py::arg("eps"), py::arg("batch_statistics"), py::arg("mean"), py::arg("var"), py::arg("spikes"),
+        py::arg("membrane_out"), opt("scratch"));
+  m.def("bntt_backward", &bntt_backward, py::arg("current"), py::arg("weight"), opt("membrane"), opt("leak"), opt("threshold"),
+        py::arg("options"), py::arg("eps"), py::arg("batch_statistics"), py::arg("mean"), py::arg("var"), opt("grad_spikes"),
+        opt("grad_membrane"), py::arg("phase"), opt("sums"), py::arg("count"), opt("grad_current"), opt("grad_weight"),
+        opt("grad_membrane_in"), opt("grad_leak"), opt("grad_threshold"), opt("scratch"));
+  m.def("encode", &encode, py::arg("image"), opt("sample_ids"), py::arg("seed"), py::arg("stream"), py::arg("first_step"),
+        py::arg("gain"), py::arg("spikes"));
+}
+
+}  // namespace pyaccel::neuron

@@ -1,0 +1,10 @@
+"""Differentiable torch operators over the kernels. Functions take and return their state; time comes first."""
+
+
+from pyaccel.ops.bntt import bntt_lif
+from pyaccel.ops.encode import poisson_encode
+from pyaccel.ops.lif import lif
+
+from pyaccel.ops import flops as _flops  # noqa: E402,F401  (after the operators that it describes)
+
+__all__ = ["bntt_lif", "lif", "poisson_encode"]

@@ -1,0 +1,217 @@
+"""`bntt_lif`: batch normalisation through time and the neuron behind it, in one kernel forward and one backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyaccel import extension, reference
+from pyaccel.ops import checks, options
+from pyaccel.ops.library import register
+from pyaccel.reference.neuron import state_dtype
+
+WHOLE, SUMS_ONLY, SUMS_GIVEN = range(3)  # phases of the backward kernel, csrc/neuron/neuron.h
+
+
+def bntt_lif(
+    current: Tensor,
+    weight: Tensor,
+    membrane: Tensor | None = None,
+    *,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float = 1e-4,
+    leak: float | Tensor = 0.95,
+    threshold: float | Tensor = 1.0,
+    reset: str = "soft",
+    detach_reset: bool = True,
+    surrogate: str = "triangle",
+    surrogate_scale: float | None = None,
+    surrogate_width: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch normalisation through time (BNTT, 2010.01729 section "BNTT"), then LIF neurons::
+
+        y[t] = weight[t, c] * (current[t] - mean[t, c]) / sqrt(var[t, c] + eps)
+        u[t] = leak * v[t-1] + y[t];   s[t] = u[t] > threshold;   v[t] = reset(u[t])      (see `lif`)
+
+    Every step and channel has statistics and a weight of its own; there is no bias.
+
+    Args:
+        current: `[T, B, C, ...]`, contiguous or channels-last, float32, bfloat16, float16 or float64.
+        weight: `[T, C]`, float32 (float64 for float64).
+        membrane: as in `lif`.
+        mean, var: `[T, C]` to use given statistics (inference); both None: batch statistics, the variance biased.
+
+    Returns:
+        spikes, membrane, mean, var. The statistics are those used, of the state dtype, without gradient: gradients of a
+        batch statistic are already part of the gradient of `current`. Update running statistics from them yourself
+        (`nn.BNTTLIF` does).
+
+    Raises:
+        TypeError, ValueError: what was expected and what came.
+    """
+    checks.floating("bntt_lif", "current", current, 3, "[T, B, C, ...]")
+    state, grid = state_dtype(current.dtype), (current.shape[0], current.shape[2])
+    checks.like("bntt_lif", "weight", weight, grid, state, current.device)
+    if membrane is not None:
+        checks.like("bntt_lif", "membrane", membrane, current.shape[1:], state, current.device)
+    if (mean is None) != (var is None):
+        raise ValueError("bntt_lif: mean and var must be given together, or both left out for batch statistics")
+    for name, statistic in (("mean", mean), ("var", var)):
+        if statistic is not None:
+            checks.like("bntt_lif", name, statistic, grid, state, current.device)
+            if statistic.requires_grad:
+                raise ValueError(f"bntt_lif: {name} must not require grad: given statistics are constants; detach() it")
+    if mean is None and current[0, :, 0].numel() == 0 and current.numel() > 0:
+        raise ValueError(f"bntt_lif: batch statistics need at least one value a channel, got {checks.shape_of(current)}")
+    neuron = options.neuron_arguments(
+        "bntt_lif", current, leak, threshold, reset, detach_reset, False, surrogate, surrogate_scale, surrogate_width
+    )
+    return _bntt_lif(current, weight, membrane, mean, var, *neuron, checks.number("bntt_lif", "eps", eps, above=0.0))
+
+
+def _dense(current: Tensor) -> Tensor:
+    return options.dense(current)
+
+
+def _scratch(current: Tensor, backward: bool) -> Tensor | None:
+    size = extension._C.neuron.bntt_scratch_bytes(current, backward)
+    return current.new_empty(size, dtype=torch.uint8) if size else None
+
+
+def _outputs(current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    state, grid = state_dtype(current.dtype), (current.shape[0], current.shape[2])
+    statistics = (current.new_empty(grid, dtype=state) for _ in range(2))
+    return torch.empty_like(current), options.step_like(current, state), *statistics
+
+
+def _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *rest):
+    *numbers, eps = rest
+    current = _dense(current)
+    membrane = options.in_layout_of(membrane, current)
+    spikes, membrane_out, mean_out, var_out = _outputs(current)
+    if mean is not None:
+        mean_out.copy_(mean)
+        var_out.copy_(var)
+    if current.numel() == 0:
+        if mean is None:
+            mean_out.fill_(float("nan")), var_out.fill_(float("nan"))
+        membrane_out.zero_() if membrane is None else membrane_out.copy_(membrane)
+        return spikes, membrane_out, mean_out, var_out
+    extension._C.neuron.bntt_forward(
+        current, weight.contiguous(), membrane, *options.per_channel(current, True, leak_tensor, threshold_tensor), tuple(numbers),
+        eps, mean is None, mean_out, var_out, spikes, membrane_out, _scratch(current, False),
+    )  # fmt: skip
+    return spikes, membrane_out, mean_out, var_out
+
+
+def _fake(current, weight, membrane, mean, var, *rest):
+    return _outputs(_dense(current))
+
+
+def _fallback(current, weight, membrane, mean, var, *rest):
+    *neuron, eps = rest
+    keywords = options.keywords(*neuron)
+    del keywords["delay"]
+    out = _outputs(current)
+    twin = reference.bntt_lif(current, weight, membrane, mean=mean, var=var, eps=eps, **keywords)
+    return tuple(o.copy_(t) for o, t in zip(out, twin, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    current, weight, membrane, given_mean, _, leak_tensor, threshold_tensor, *numbers, ctx.eps = inputs
+    _, _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(current, weight, membrane, mean, var, leak_tensor, threshold_tensor)
+    ctx.numbers, ctx.batch_statistics = numbers, given_mean is None
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_spikes, grad_membrane, _mean, _var):
+    nothing = (None,) * (7 + options.COUNT + 1)
+    if grad_spikes is None and grad_membrane is None:
+        return nothing
+    current, weight, membrane, mean, var, leak_tensor, threshold_tensor = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needs = [needs[0], needs[1], needs[2], needs[5], needs[6]]
+    found = _bntt_lif_backward(
+        grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *ctx.numbers, ctx.eps,
+        ctx.batch_statistics, [bool(n) for n in needs],
+    )  # fmt: skip
+    found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+    return (*found[:3], None, None, *found[3:], *nothing[7:])
+
+
+def _gradients(current, weight, leak_tensor, threshold_tensor, wanted) -> tuple[Tensor, ...]:
+    state = state_dtype(current.dtype)
+    empty = current.new_empty(0, dtype=state)
+    return (
+        torch.empty_like(current),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        options.step_like(current, state) if wanted[2] else empty,
+        torch.empty_like(leak_tensor) if wanted[3] else empty,
+        torch.empty_like(threshold_tensor) if wanted[4] else empty,
+    )
+
+
+def _backward_kernel(grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *rest):
+    *numbers, eps, batch_statistics, wanted = rest
+    current = _dense(current)
+    out = _gradients(current, weight, leak_tensor, threshold_tensor, wanted)
+    if current.numel() == 0:
+        return tuple(o.zero_() for o in out)
+    channels = [current.new_empty(current.shape[2], dtype=weight.dtype) if w else None for w in wanted[3:]]
+    extension._C.neuron.bntt_backward(
+        current, weight.contiguous(), options.in_layout_of(membrane, current),
+        *options.per_channel(current, True, leak_tensor, threshold_tensor), tuple(numbers), eps, batch_statistics, mean, var,
+        options.sequence_in_layout_of(grad_spikes, current),
+        options.in_layout_of(grad_membrane, current), WHOLE, None, 0.0, out[0], out[1], out[2] if wanted[2] else None,
+        *channels, _scratch(current, True),
+    )  # fmt: skip
+    parameters = (leak_tensor, threshold_tensor)
+    learned = [
+        (c if p.dim() else c.sum()) if w else o
+        for c, p, w, o in zip(channels, parameters, wanted[3:], out[3:], strict=True)
+    ]  # fmt: skip
+    return (*out[:3], *learned)
+
+
+def _backward_fake(grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *rest):
+    return _gradients(_dense(current), weight, leak_tensor, threshold_tensor, rest[-1])
+
+
+def _backward_fallback(grad_spikes, grad_membrane, current, weight, membrane, mean, var, *rest):
+    *neuron, eps, batch_statistics, wanted = rest
+    out = _gradients(current, weight, neuron[0], neuron[1], wanted)
+    with torch.enable_grad():
+        leaves = [t if t is None else t.detach().requires_grad_() for t in (current, weight, membrane, neuron[0], neuron[1])]
+        keywords = options.keywords(leaves[3], leaves[4], *neuron[2:])
+        del keywords["delay"]
+        given = {} if batch_statistics else dict(mean=mean, var=var)
+        twin = reference.bntt_lif(leaves[0], leaves[1], leaves[2], eps=eps, **given, **keywords)[:2]
+        pairs = [(o, g) for o, g in zip(twin, (grad_spikes, grad_membrane), strict=True) if g is not None]
+        asked = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+        found = iter(torch.autograd.grad([o for o, _ in pairs], asked, [g for _, g in pairs], allow_unused=True))
+    for buffer, w in zip(out, wanted, strict=True):
+        if w:
+            gradient = next(found)
+            buffer.zero_() if gradient is None else buffer.copy_(gradient)
+    return out
+
+
+_bntt_lif_backward = register(
+    "bntt_lif_backward(Tensor? grad_spikes, Tensor? grad_membrane, Tensor current, Tensor weight, Tensor? membrane, Tensor mean, "
+    f"Tensor var, {options.SCHEMA}, float eps, bool batch_statistics, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+    fallback=_backward_fallback,
+)
+_bntt_lif = register(
+    "bntt_lif(Tensor current, Tensor weight, Tensor? membrane, Tensor? mean, Tensor? var, "
+    f"{options.SCHEMA}, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    kernel=_kernel,
+    fake=_fake,
+    fallback=_fallback,
+    setup_context=_setup_context,
+    backward=_backward,
+)

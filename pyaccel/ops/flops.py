@@ -1,0 +1,27 @@
+"""FLOP formulas for `torch.utils.flop_counter` (an operator without one counts 0, silently).
+
+A multiplication, addition, subtraction, comparison and a reset count one each: LIF forward 4 a neuron-step (leak, add,
+compare, reset); backward 4 to recompute and 8 to walk back; normalisation adds 2 forward (and 3 for the statistics)
+and 9 backward. The encoder does no floating-point arithmetic worth counting: one product a pixel.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch.utils.flop_counter import register_flop_formula
+
+import torch
+
+
+def _formula(name: str, current_position: int, per_element: int) -> None:
+    @register_flop_formula(getattr(torch.ops.pyaccel, name))
+    def flops(*shapes, out_shape=None, **kwargs) -> int:
+        return per_element * math.prod(shapes[current_position])
+
+
+_formula("lif", 0, 4)
+_formula("lif_backward", 2, 12)
+_formula("bntt_lif", 0, 4 + 5)
+_formula("bntt_lif_backward", 2, 12 + 9)
+_formula("poisson_encode", 0, 1)

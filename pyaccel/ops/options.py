@@ -1,0 +1,125 @@
+"""A neuron's options on their way from keyword arguments to a schema and on to a kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyaccel.ops import checks
+from pyaccel.reference.neuron import RESETS, SURROGATES, state_dtype
+
+# The tail of every neuron schema, and the same values as a tuple for the kernels.
+SCHEMA = (
+    "Tensor? leak_tensor, Tensor? threshold_tensor, float leak, float threshold, int reset, bool detach_reset, "
+    "bool delay, int surrogate, float scale, float width"
+)
+COUNT = 8  # numbers behind the two tensors
+
+
+def neuron_arguments(
+    op: str,
+    current: Tensor,
+    leak: float | Tensor,
+    threshold: float | Tensor,
+    reset: str,
+    detach_reset: bool,
+    delay: bool,
+    surrogate: str,
+    scale: float | None,
+    width: float | None,
+) -> tuple:
+    """The arguments of `SCHEMA`, checked."""
+    kind = checks.choice(op, "surrogate", surrogate, SURROGATES)
+    default_scale, default_width = SURROGATES[surrogate]
+    leak_tensor, leak = _parameter(op, "leak", leak, current, None)
+    threshold_tensor, threshold = _parameter(op, "threshold", threshold, current, 0.0)
+    return (
+        leak_tensor,
+        threshold_tensor,
+        leak,
+        threshold,
+        checks.choice(op, "reset", reset, RESETS),
+        bool(detach_reset),
+        bool(delay),
+        kind,
+        default_scale if scale is None else checks.number(op, "surrogate_scale", scale),
+        default_width if width is None else checks.number(op, "surrogate_width", width, above=0.0),
+    )
+
+
+def _parameter(op: str, name: str, value: float | Tensor, current: Tensor, above: float | None) -> tuple[Tensor | None, float]:
+    if not isinstance(value, Tensor):
+        return None, checks.number(op, name, value, above=above)
+    if value.dim() == 0:
+        shape = ()
+    elif current.dim() >= 3:
+        shape = (current.shape[2],)
+    else:
+        raise ValueError(f"{op}: a {name} of one value a channel needs current [T, B, C, ...], got {checks.shape_of(current)}")
+    checks.like(op, name, value, shape, state_dtype(current.dtype), current.device)
+    return value.contiguous(), 1.0
+
+
+def keywords(leak_tensor, threshold_tensor, leak, threshold, reset, detach_reset, delay, surrogate, scale, width) -> dict:
+    """The arguments of `SCHEMA` as keyword arguments of the plain-torch twins."""
+    return dict(
+        leak=leak if leak_tensor is None else leak_tensor,
+        threshold=threshold if threshold_tensor is None else threshold_tensor,
+        reset=RESETS[reset],
+        detach_reset=detach_reset,
+        delay=delay,
+        surrogate=list(SURROGATES)[surrogate],
+        surrogate_scale=scale,
+        surrogate_width=width,
+    )
+
+
+def per_channel(current: Tensor, always: bool, *parameters: Tensor | None) -> list[Tensor | None]:
+    """0-d parameters as `[C]` where another one is (or `always`): a kernel takes all of one kind."""
+    if always or any(p is not None and p.dim() for p in parameters):
+        return [p.expand(current.shape[2]).contiguous() if p is not None and p.dim() == 0 else p for p in parameters]
+    return list(parameters)
+
+
+def reduced(partial: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """Per-neuron partial gradients `[B, C, ...]` summed to the parameter's shape: 0-d or `[C]`."""
+    if partial is None or parameter is None:
+        return None
+    if parameter.dim() == 0:
+        return partial.sum()
+    return partial.sum([d for d in range(partial.dim()) if d != 1])
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """`tensor`, or a contiguous copy unless it already is contiguous or channels-last, time outermost."""
+    if tensor.is_contiguous():
+        return tensor
+    if tensor.dim() == 5 and tensor.transpose(2, 3).transpose(3, 4).is_contiguous():
+        return tensor
+    return tensor.contiguous()
+
+
+def step_like(sequence: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised state of one step, in the memory layout of a dense `sequence` ([T, ...], T may be 0)."""
+    return torch.empty_strided(sequence.shape[1:], _step_strides(sequence), dtype=dtype, device=sequence.device)
+
+
+def _step_strides(sequence: Tensor) -> tuple[int, ...]:
+    if sequence.numel() == 0:
+        return torch.empty(sequence.shape[1:], device="meta").stride()
+    return sequence.stride()[1:]
+
+
+def in_layout_of(step: Tensor | None, sequence: Tensor) -> Tensor | None:
+    """State or its gradient, brought into the memory layout of one step of `sequence`."""
+    if step is None or step.stride() == sequence.stride()[1:]:
+        return step
+    out = step_like(sequence, step.dtype)
+    return out.copy_(step)
+
+
+def sequence_in_layout_of(tensor: Tensor | None, sequence: Tensor) -> Tensor | None:
+    """An upstream gradient in the memory layout (and dtype) of `sequence`."""
+    if tensor is None or (tensor.stride() == sequence.stride() and tensor.dtype == sequence.dtype):
+        return tensor
+    return torch.empty_like(sequence).copy_(tensor)
