@@ -19,7 +19,11 @@
 namespace pyaccel::neuron::PYACCEL_ISA {
 namespace {
 
-constexpr int64_t kSteps = 4;
+// Steps of one group. On Zen 3 more than two stall: rows are often a multiple of 4 KiB apart, and a load whose low
+// address bits are those of a store in flight waits for it.
+constexpr int64_t kSteps = PYACCEL_VECTOR_BYTES == 64 ? 4 : 2;
+// Rows of the scratch lie this much more than a block apart, or they too would share their low address bits.
+constexpr int64_t kPad = 32;
 // One tensor larger than this leaves the caches before anybody reads it: write past them.
 constexpr int64_t kStreamBytes = 12 << 20;
 
@@ -192,9 +196,9 @@ PYACCEL_INLINE void retreat(const P& parameters, const Phi& phi, const E* g, E* 
       V out, next;
       if constexpr (delay) {
         out = d[r];
-        next = delayed_back(cell, phi, inverse, u, gs, d[r]);
+        next = delayed_back<!partial>(cell, phi, inverse, u, gs, d[r]);
       } else {
-        out = back(cell, phi, inverse, u, gs, d[r]);
+        out = back<!partial>(cell, phi, inverse, u, gs, d[r]);
         next = cell.leak * out;
       }
       if (stream) store_as<true>(gx + k * row + i, out);
@@ -267,7 +271,8 @@ void backward(const LifBackward& f, const Phi& phi, int64_t block, bool stream, 
   const int64_t blocks = (row + block - 1) / block;
   parallel_shares(blocks, threads, [&](int64_t begin, int64_t end, int) {
     S* state = static_cast<S*>(scratch(0, static_cast<size_t>(7 * block) * sizeof(S)));
-    S* us = static_cast<S*>(scratch(1, static_cast<size_t>(block * segment) * sizeof(S)));
+    const int64_t us_row = block + kPad;
+    S* us = static_cast<S*>(scratch(1, static_cast<size_t>(us_row * segment) * sizeof(S)));
     S* dstate = state + 2 * block;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block, count = std::min(block, row - first);
@@ -284,7 +289,7 @@ void backward(const LifBackward& f, const Phi& phi, int64_t block, bool stream, 
         const int64_t index = (t1 - 1) / segment, t0 = index * segment;
         const void* from = index == 0 ? f.membrane : static_cast<const S*>(f.checkpoints) + (index - 1) * row;
         start_state(state, from, first, count);
-        backward_segment<E, delay, partial>(parameters, phi, f, stream, first, count, t0, t1, us, block, state, dstate, partials);
+        backward_segment<E, delay, partial>(parameters, phi, f, stream, first, count, t0, t1, us, us_row, state, dstate, partials);
         t1 = t0;
       }
       const size_t bytes = static_cast<size_t>(count) * sizeof(S);
@@ -329,13 +334,13 @@ void lif_backward(const LifBackward& f) {
   const int64_t bytes = f.sequence.steps * f.sequence.neurons * size_of(f.sequence.dtype);
   const bool large = bytes > kStreamBytes;
   const bool stream = large && can_stream(f.grad_current, f.sequence);
-  // u of a block must stay in L2: 200 to 400 KB.
+  // u of a block must stay in L2, beside what is prefetched into it.
   const int64_t segment = std::max<int64_t>(1, f.checkpoint_every > 0 ? f.checkpoint_every : f.sequence.steps);
-  const int64_t wanted = 256 * 1024 / (segment * size_of(state_of(f.sequence.dtype))) / 256 * 256;
+  const int64_t wanted = 128 * 1024 / (segment * size_of(state_of(f.sequence.dtype))) / 256 * 256;
   const int64_t block = fitted(std::clamp<int64_t>(wanted, 512, 2048), f.sequence.neurons);
   const int threads = threads_for(3 * bytes, (f.sequence.neurons + block - 1) / block);
-  // Learnable neurons share one instantiation: per-neuron parameter arrays, partial gradients, any surrogate.
-  const bool partial = f.grad_leak != nullptr || f.grad_threshold != nullptr || has_channels(f.neuron);
+  // Learnable neurons and resets with gradient share one instantiation: per-neuron parameter arrays, any surrogate.
+  const bool partial = f.grad_leak != nullptr || f.grad_threshold != nullptr || has_channels(f.neuron) || !f.neuron.detach_reset;
   with_element(f.sequence.dtype, [&](auto e) {
     with_flag(f.neuron.delay, [&](auto delay) {
       with_flag(partial, [&](auto learnable) {
