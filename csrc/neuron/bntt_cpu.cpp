@@ -300,10 +300,11 @@ void forward(const BnttForward& f) {
     S* state = static_cast<S*>(scratch(0, static_cast<size_t>(shape.outer * group.width) * sizeof(S)));
     gather(f.membrane, state, shape, group);
     desk.set_neuron(f.neuron, group);
-    const bool stream = streams(shape, group, f.spikes);
+    const bool stream = !f.packed && streams(shape, group, f.spikes);
     for (int64_t t = 0; t < shape.steps; ++t) {
       const E* x = static_cast<const E*>(f.current) + t * slice + origin;
-      E* s = static_cast<E*>(f.spikes) + t * slice + origin;
+      E* s = f.packed ? nullptr : static_cast<E*>(f.spikes) + t * slice + origin;
+      uint8_t* bytes = f.packed ? static_cast<uint8_t*>(f.spikes) + t * ((slice + 7) / 8) : nullptr;
       const int64_t at = t * shape.channels + group.first;
       if (f.batch_statistics)
         statistics<E, columns.value>(shape, group, x, desk, static_cast<S*>(f.mean) + at, static_cast<S*>(f.var) + at);
@@ -313,7 +314,8 @@ void forward(const BnttForward& f) {
       const auto mean = desk.mean.view(), scale = desk.scale.view();
       for (int64_t o = 0; o < shape.outer; ++o) {
         const E* row = x + o * group.stride;
-        E* out = s + o * group.stride;
+        E* out = s + (f.packed ? 0 : o * group.stride);
+        uint8_t* to = bytes + (f.packed ? (o * group.stride + origin) / 8 : 0);
         S* v = state + o * group.width;
         over_row<S>(group.width, [&](auto value, int64_t j) PYACCEL_LAMBDA_INLINE {
           using V = decltype(value);
@@ -321,8 +323,16 @@ void forward(const BnttForward& f) {
           const V y = (load_as<V>(row + j) - mean.template get<V>(j)) * scale.template get<V>(j);
           const V u = integrate(cell, load_as<V>(v + j), y);
           __builtin_prefetch(row + next + j, 0, 2);
-          if (stream) spikes_as<true>(out + j, fires(cell, u));
-          else spikes_as<false>(out + j, fires(cell, u));
+          const auto fired = fires(cell, u);
+          if (f.packed) {
+            const uint32_t bits = mask_bits(fired) << (j % 8);
+            to[j / 8] = static_cast<uint8_t>((j % 8 == 0 ? 0 : to[j / 8]) | bits);
+            if constexpr (lanes_of<S, V> > 8) to[j / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+          } else if (stream) {
+            spikes_as<true>(out + j, fired);
+          } else {
+            spikes_as<false>(out + j, fired);
+          }
           store_as<false>(v + j, after_reset(cell, u));
         });
       }

@@ -33,9 +33,12 @@ PYACCEL_INLINE void prefetch(const E* p) {
 }
 
 // ---------------------------------------------------------------------------------------------------- forward
-template <class V, int width, bool delay, bool stream, class E, class P>
-PYACCEL_INLINE void advance(const P& parameters, const E* x, const E* ahead, E* s, int64_t row, int64_t steps,
-                            typename StateOf<E>::type* state, int64_t j) {
+// Where spikes go: as values, as values past the caches, as bits.
+enum class Out { plain, past, packed };
+
+template <class V, int width, bool delay, Out out, class E, class P>
+PYACCEL_INLINE void advance(const P& parameters, const E* x, const E* ahead, E* s, uint8_t* bytes, int64_t row, int64_t bytes_a_row,
+                            int64_t steps, typename StateOf<E>::type* state, int64_t j) {
   using S = typename StateOf<E>::type;
   constexpr int lanes = lanes_of<S, V>;
   constexpr int per_line = std::max(1, 64 / static_cast<int>(lanes * sizeof(E)));
@@ -44,19 +47,22 @@ PYACCEL_INLINE void advance(const P& parameters, const E* x, const E* ahead, E* 
   for (int r = 0; r < width; ++r) v[r] = load_as<V>(state + j + r * lanes);
   for (int64_t k = 0; k < steps; ++k) {
     const int64_t at = k * row + j;
+    uint32_t bits = 0;
 #pragma GCC unroll 8
     for (int r = 0; r < width; ++r) {
       const Cell<V> cell = parameters.template cell<V>(j + r * lanes);
       const V in = load_as<V>(x + at + r * lanes);
       if (width > 1 && r % per_line == 0) prefetch(ahead + at + r * lanes);
-      if constexpr (delay) {
-        spikes_as<stream>(s + at + r * lanes, fires(cell, v[r]));
-        v[r] = delayed_step(cell, v[r], in);
-      } else {
-        const V u = integrate(cell, v[r], in);
-        spikes_as<stream>(s + at + r * lanes, fires(cell, u));
-        v[r] = after_reset(cell, u);
-      }
+      const V u = delay ? v[r] : integrate(cell, v[r], in);
+      const auto fired = fires(cell, u);
+      if constexpr (out == Out::packed) bits |= mask_bits(fired) << (r * lanes % 32);
+      else spikes_as<out == Out::past>(s + at + r * lanes, fired);
+      v[r] = delay ? delayed_step(cell, u, in) : after_reset(cell, u);
+    }
+    if constexpr (out == Out::packed) {
+      uint8_t* to = bytes + k * bytes_a_row + j / 8;
+      if constexpr (lanes > 1) std::memcpy(to, &bits, static_cast<size_t>(lanes * width / 8));
+      else *to = static_cast<uint8_t>((j % 8 == 0 ? 0 : *to) | bits << (j % 8));
     }
   }
 #pragma GCC unroll 8
@@ -101,10 +107,10 @@ PYACCEL_INLINE Parameters<S, per_channel> parameters_of(const Sequence& sequence
   return p;
 }
 
-template <class E, bool per_channel, bool delay, bool stream>
+template <class E, bool per_channel, bool delay, Out out>
 void forward(const LifForward& f, int64_t block, int threads) {
   using S = typename StateOf<E>::type;
-  const int64_t row = f.sequence.neurons, T = f.sequence.steps;
+  const int64_t row = f.sequence.neurons, T = f.sequence.steps, bytes_a_row = (row + 7) / 8;
   const int64_t blocks = (row + block - 1) / block;
   parallel_shares(blocks, threads, [&](int64_t begin, int64_t end, int) {
     S* state = static_cast<S*>(scratch(0, static_cast<size_t>(3 * block) * sizeof(S)));
@@ -112,7 +118,8 @@ void forward(const LifForward& f, int64_t block, int threads) {
       const int64_t first = b * block, count = std::min(block, row - first);
       const auto parameters = parameters_of<S, per_channel>(f.sequence, f.neuron, first, count, state + block);
       const E* x = static_cast<const E*>(f.current) + first;
-      E* s = static_cast<E*>(f.spikes) + first;
+      E* s = out == Out::packed ? nullptr : static_cast<E*>(f.spikes) + first;
+      uint8_t* bytes = out == Out::packed ? static_cast<uint8_t*>(f.spikes) + first / 8 : nullptr;
       start_state(state, f.membrane, first, count);
       for (int64_t t = 0; t < T;) {
         if (f.checkpoint_every > 0 && t > 0 && t % f.checkpoint_every == 0)
@@ -122,13 +129,15 @@ void forward(const LifForward& f, int64_t block, int threads) {
         // What comes after this group: its next rows, or the first rows of the next block.
         const E* ahead = t + 2 * steps <= T ? x + (t + steps) * row : b + 1 < end ? x + count : x;
         over_block<S>(count, [&](auto v, auto width, int64_t j) PYACCEL_LAMBDA_INLINE {
-          advance<decltype(v), width.value, delay, stream>(parameters, x + t * row, ahead, s + t * row, row, steps, state, j);
+          advance<decltype(v), width.value, delay, out>(parameters, x + t * row, ahead, s == nullptr ? s : s + t * row,
+                                                        bytes == nullptr ? bytes : bytes + t * bytes_a_row, row, bytes_a_row, steps,
+                                                        state, j);
         });
         t += steps;
       }
       std::memcpy(static_cast<S*>(f.membrane_out) + first, state, static_cast<size_t>(count) * sizeof(S));
     }
-    if (stream) finish_streams();
+    if (out == Out::past) finish_streams();
   });
 }
 
@@ -318,13 +327,16 @@ bool has_channels(const Neuron& neuron) { return neuron.leak.per_channel != null
 
 void lif_forward(const LifForward& f) {
   const int64_t bytes = f.sequence.steps * f.sequence.neurons * size_of(f.sequence.dtype);
-  const bool stream = bytes > kStreamBytes && can_stream(f.spikes, f.sequence);
+  const bool past = !f.packed && bytes > kStreamBytes && can_stream(f.spikes, f.sequence);
   const int64_t block = fitted(bytes > kStreamBytes ? 4096 : 1024, f.sequence.neurons);
   const int threads = threads_for(2 * bytes, (f.sequence.neurons + block - 1) / block);
   with_element(f.sequence.dtype, [&](auto e) {
     with_flag(has_channels(f.neuron), [&](auto per_channel) {
       with_flag(f.neuron.delay, [&](auto delay) {
-        with_flag(stream, [&](auto past) { forward<decltype(e), per_channel.value, delay.value, past.value>(f, block, threads); });
+        using E = decltype(e);
+        if (f.packed) forward<E, per_channel.value, delay.value, Out::packed>(f, block, threads);
+        else if (past) forward<E, per_channel.value, delay.value, Out::past>(f, block, threads);
+        else forward<E, per_channel.value, delay.value, Out::plain>(f, block, threads);
       });
     });
   });

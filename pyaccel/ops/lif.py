@@ -8,6 +8,7 @@ from torch import Tensor
 from pyaccel import extension, reference
 from pyaccel.ops import checks, options
 from pyaccel.ops.library import register
+from pyaccel.ops.packing import plain_pack
 from pyaccel.reference.neuron import state_dtype
 
 # Backward recomputes the membrane on chip from the current alone up to this many steps; beyond, forward also keeps the
@@ -28,6 +29,7 @@ def lif(
     surrogate: str = "triangle",
     surrogate_scale: float | None = None,
     surrogate_width: float | None = None,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Leaky integrate-and-fire neurons over T steps.
 
@@ -52,6 +54,8 @@ def lif(
         membrane: state before the first step, shape `current.shape[1:]`, float32 (float64 for float64); None: zeros.
         leak, threshold: a number, or a tensor of the state dtype, 0-d or `[C]` (dimension 1 of the state), with gradient.
             threshold must be above 0.
+        packed: return the spikes as bits, uint8 `[T, ceil(N / 8)]` (see `pack_spikes`), for inference: a packed tensor
+            carries no gradient.
 
     Returns:
         spikes `[T, ...]` in the dtype and layout of `current`, and the membrane after the last step (pass it to the next
@@ -67,12 +71,21 @@ def lif(
     neuron = options.neuron_arguments(
         "lif", current, leak, threshold, reset, detach_reset, delay, surrogate, surrogate_scale, surrogate_width
     )
+    if packed:
+        return _packed(current, membrane, neuron)
     every = 0
     if current.shape[0] > LONGEST_WITHOUT.get(current.device.type, 32) and torch.is_grad_enabled():
         tracked = (current, membrane, neuron[0], neuron[1])
         every = CHECKPOINT_EVERY if any(t is not None and t.requires_grad for t in tracked) else 0
     spikes, membrane, _ = _lif(current, membrane, *neuron, every)
     return spikes, membrane
+
+
+def _packed(current: Tensor, membrane: Tensor | None, neuron: tuple) -> tuple[Tensor, Tensor]:
+    tracked = (current, membrane, neuron[0], neuron[1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
+        raise ValueError("lif: packed spikes carry no gradient; call it under torch.no_grad(), or use packed=False and spike_conv2d")
+    return _lif_packed(current, membrane, *neuron)
 
 
 def _outputs(current: Tensor, every: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +105,7 @@ def _kernel(current, membrane, leak_tensor, threshold_tensor, *rest):
     else:
         parameters = options.per_channel(current, False, leak_tensor, threshold_tensor)
         extension._C.neuron.lif_forward(
-            current, membrane, *parameters, tuple(numbers), every, spikes, membrane_out, checkpoints
+            current, membrane, *parameters, tuple(numbers), every, False, spikes, membrane_out, checkpoints
         )
     return spikes, membrane_out, checkpoints
 
@@ -182,6 +195,40 @@ def _backward_fallback(grad_spikes, grad_membrane, current, membrane, checkpoint
     return out
 
 
+def _packed_outputs(current: Tensor) -> tuple[Tensor, Tensor]:
+    row = current[0].numel() if current.shape[0] else 0
+    bits = current.new_empty((current.shape[0], (row + 7) // 8), dtype=torch.uint8)
+    return bits, options.step_like(current, state_dtype(current.dtype))
+
+
+def _packed_kernel(current, membrane, leak_tensor, threshold_tensor, *numbers):
+    current = current.contiguous()  # bits are counted in logical order
+    membrane = options.in_layout_of(membrane, current)
+    bits, membrane_out = _packed_outputs(current)
+    if current.shape[0] == 0:
+        membrane_out.zero_() if membrane is None else membrane_out.copy_(membrane)
+    else:
+        parameters = options.per_channel(current, False, leak_tensor, threshold_tensor)
+        extension._C.neuron.lif_forward(current, membrane, *parameters, tuple(numbers), 0, True, bits, membrane_out, None)
+    return bits, membrane_out
+
+
+def _packed_fake(current, *rest):
+    return _packed_outputs(current.contiguous())
+
+
+def _packed_fallback(current, membrane, *neuron):
+    spikes, membrane_out = reference.lif(current, membrane, **options.keywords(*neuron))
+    bits, state = _packed_outputs(current.contiguous())
+    return bits.copy_(plain_pack(spikes.contiguous(), 1)[0]), state.copy_(membrane_out)
+
+
+_lif_packed = register(
+    f"lif_packed(Tensor current, Tensor? membrane, {options.SCHEMA}) -> (Tensor, Tensor)",
+    kernel=_packed_kernel,
+    fake=_packed_fake,
+    fallback=_packed_fallback,
+)
 _lif_backward = register(
     "lif_backward(Tensor? grad_spikes, Tensor? grad_membrane, Tensor current, Tensor? membrane, Tensor checkpoints, "
     f"{options.SCHEMA}, int checkpoint_every, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -1,6 +1,6 @@
 """Plain-torch twins of every kernel, written for reading: same names and arguments as in `pyaccel.ops`."""
 
-from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, surrogate_slope
+from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, stdb_lif, surrogate_slope
 from pyaccel.reference.philox import philox
 
-__all__ = ["bntt_lif", "lif", "philox", "poisson_encode", "surrogate_slope"]
+__all__ = ["bntt_lif", "lif", "philox", "poisson_encode", "stdb_lif", "surrogate_slope"]
