@@ -1,6 +1,17 @@
 """Modules over the operators, with parameters and explicit state."""
 
-from pyaccel.nn.neuron import BNTTLIF, IF, LIF, PoissonEncoder
+from pyaccel.nn.neuron import BNTTLIF, IF, LIF, STDBLIF, PoissonEncoder
+from pyaccel.nn.spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from pyaccel.nn.time import every_step
 
-__all__ = ["BNTTLIF", "IF", "LIF", "PoissonEncoder", "every_step"]
+__all__ = [
+    "BNTTLIF",
+    "IF",
+    "LIF",
+    "PoissonEncoder",
+    "STDBLIF",
+    "SpikeAvgPool2d",
+    "SpikeConv2d",
+    "SpikeLinear",
+    "every_step",
+]
