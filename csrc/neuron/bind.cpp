@@ -1,7 +1,8 @@
 // Python names of the neuron family: checks, device dispatch. Outputs are allocated by the caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <optional>
+#include <array>
 
 #include "../core/tensor.h"
 #include "kernels_cpu.h"
@@ -14,19 +15,20 @@ namespace py = pybind11;
 namespace pyaccel::neuron {
 namespace {
 
-// The options of a neuron as they cross from Python: (leak, threshold, reset, detach_reset, delay, surrogate, scale, width).
-using Options = std::tuple<double, double, int, bool, bool, int, double, double>;
+// The options of a neuron as they cross from Python: [leak, threshold, reset, detach_reset, delay, surrogate, scale, width],
+// numbers all of them: an operator's schema takes one list for less than the cost of eight arguments.
+using Options = std::array<double, 8>;
 
 Neuron neuron_of(const Options& o) {
   Neuron n;
-  n.leak.value = std::get<0>(o);
-  n.threshold.value = std::get<1>(o);
-  n.reset = static_cast<Reset>(std::get<2>(o));
-  n.detach_reset = std::get<3>(o);
-  n.delay = std::get<4>(o);
-  n.surrogate = static_cast<Surrogate>(std::get<5>(o));
-  n.scale = std::get<6>(o);
-  n.width = std::get<7>(o);
+  n.leak.value = o[0];
+  n.threshold.value = o[1];
+  n.reset = static_cast<Reset>(o[2]);
+  n.detach_reset = o[3] != 0;
+  n.delay = o[4] != 0;
+  n.surrogate = static_cast<Surrogate>(o[5]);
+  n.scale = o[6];
+  n.width = o[7];
   return n;
 }
 

@@ -143,8 +143,7 @@ def _outputs(current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(current), options.step_like(current, state), *statistics
 
 
-def _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *rest):
-    *numbers, eps = rest
+def _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps):
     current = _dense(current)
     membrane = options.in_layout_of(membrane, current)
     spikes, membrane_out, mean_out, var_out = _outputs(current)
@@ -157,7 +156,7 @@ def _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor,
         membrane_out.zero_() if membrane is None else membrane_out.copy_(membrane)
         return spikes, membrane_out, mean_out, var_out
     extension._C.neuron.bntt_forward(
-        current, weight.contiguous(), membrane, *options.per_channel(current, True, leak_tensor, threshold_tensor), tuple(numbers),
+        current, weight.contiguous(), membrane, *options.per_channel(current, True, leak_tensor, threshold_tensor), neuron,
         eps, mean is None, False, mean_out, var_out, spikes, membrane_out, _scratch(current, False),
     )  # fmt: skip
     return spikes, membrane_out, mean_out, var_out
@@ -167,9 +166,8 @@ def _fake(current, weight, membrane, mean, var, *rest):
     return _outputs(_dense(current))
 
 
-def _fallback(current, weight, membrane, mean, var, *rest):
-    *neuron, eps = rest
-    keywords = options.keywords(*neuron)
+def _fallback(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps):
+    keywords = options.keywords(leak_tensor, threshold_tensor, neuron)
     del keywords["delay"]
     out = _outputs(current)
     twin = reference.bntt_lif(current, weight, membrane, mean=mean, var=var, eps=eps, **keywords)
@@ -177,23 +175,23 @@ def _fallback(current, weight, membrane, mean, var, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    current, weight, membrane, given_mean, _, leak_tensor, threshold_tensor, *numbers, ctx.eps = inputs
+    current, weight, membrane, given_mean, _, leak_tensor, threshold_tensor, ctx.neuron, ctx.eps = inputs
     _, _, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.save_for_backward(current, weight, membrane, mean, var, leak_tensor, threshold_tensor)
-    ctx.numbers, ctx.batch_statistics = numbers, given_mean is None
+    ctx.batch_statistics = given_mean is None
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_spikes, grad_membrane, _mean, _var):
-    nothing = (None,) * (7 + options.COUNT + 1)
+    nothing = (None,) * 9
     if grad_spikes is None and grad_membrane is None:
         return nothing
     current, weight, membrane, mean, var, leak_tensor, threshold_tensor = ctx.saved_tensors
     needs = ctx.needs_input_grad
     needs = [needs[0], needs[1], needs[2], needs[5], needs[6]]
     found = _bntt_lif_backward(
-        grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *ctx.numbers, ctx.eps,
+        grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, ctx.neuron, ctx.eps,
         ctx.batch_statistics, [bool(n) for n in needs], WHOLE, None, 0.0,
     )  # fmt: skip
     found = [g if needed else None for g, needed in zip(found[:5], needs, strict=True)]
@@ -213,8 +211,10 @@ def _gradients(current, weight, leak_tensor, threshold_tensor, wanted, phase) ->
     )
 
 
-def _backward_kernel(grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *rest):
-    *numbers, eps, batch_statistics, wanted, phase, sums, count = rest
+def _backward_kernel(
+    grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps, batch_statistics,
+    wanted, phase, sums, count,
+):  # fmt: skip
     current = _dense(current)
     out = _gradients(current, weight, leak_tensor, threshold_tensor, wanted, phase)
     if current.numel() == 0:
@@ -222,7 +222,7 @@ def _backward_kernel(grad_spikes, grad_membrane, current, weight, membrane, mean
     channels = [current.new_empty(current.shape[2], dtype=weight.dtype) if w else None for w in wanted[3:]]
     extension._C.neuron.bntt_backward(
         current, weight.contiguous(), options.in_layout_of(membrane, current),
-        *options.per_channel(current, True, leak_tensor, threshold_tensor), tuple(numbers), eps, batch_statistics, mean, var,
+        *options.per_channel(current, True, leak_tensor, threshold_tensor), neuron, eps, batch_statistics, mean, var,
         options.sequence_in_layout_of(grad_spikes, current),
         options.in_layout_of(grad_membrane, current), phase, out[5] if phase == SUMS_ONLY else sums, count,
         None if phase == SUMS_ONLY else out[0], None if phase == SUMS_GIVEN else out[1], out[2] if wanted[2] else None,
@@ -240,14 +240,16 @@ def _backward_fake(grad_spikes, grad_membrane, current, weight, membrane, mean, 
     return _gradients(_dense(current), weight, leak_tensor, threshold_tensor, rest[-4], rest[-3])
 
 
-def _backward_fallback(grad_spikes, grad_membrane, current, weight, membrane, mean, var, *rest):
-    *neuron, eps, batch_statistics, wanted, phase, _, _ = rest
+def _backward_fallback(
+    grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps, batch_statistics,
+    wanted, phase, sums, count,
+):  # fmt: skip
     if phase != WHOLE:
         raise NotImplementedError("bntt_lif: statistics over several processes need the compiled kernels")
-    out = _gradients(current, weight, neuron[0], neuron[1], wanted, phase)
+    out = _gradients(current, weight, leak_tensor, threshold_tensor, wanted, phase)
     with torch.enable_grad():
-        leaves = [t if t is None else t.detach().requires_grad_() for t in (current, weight, membrane, neuron[0], neuron[1])]
-        keywords = options.keywords(leaves[3], leaves[4], *neuron[2:])
+        leaves = [t if t is None else t.detach().requires_grad_() for t in (current, weight, membrane, leak_tensor, threshold_tensor)]
+        keywords = options.keywords(leaves[3], leaves[4], neuron)
         del keywords["delay"]
         given = {} if batch_statistics else dict(mean=mean, var=var)
         twin = reference.bntt_lif(leaves[0], leaves[1], leaves[2], eps=eps, **given, **keywords)[:2]
@@ -267,19 +269,18 @@ def _packed_outputs(current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return current.new_empty((current.shape[0], (row + 7) // 8), dtype=torch.uint8), membrane, mean, var
 
 
-def _packed_kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *rest):
+def _packed_kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps):
     current = current.contiguous()  # bits are counted in logical order
     if current.numel() == 0 or not extension._C.neuron.bntt_packs_in_place(current):
-        spikes, *others = _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *rest)
+        spikes, *others = _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps)
         return pack_spikes(spikes), *others
-    *numbers, eps = rest
     bits, membrane_out, mean_out, var_out = _packed_outputs(current)
     if mean is not None:
         mean_out.copy_(mean)
         var_out.copy_(var)
     extension._C.neuron.bntt_forward(
         current, weight.contiguous(), options.in_layout_of(membrane, current),
-        *options.per_channel(current, True, leak_tensor, threshold_tensor), tuple(numbers), eps, mean is None, True, mean_out, var_out,
+        *options.per_channel(current, True, leak_tensor, threshold_tensor), neuron, eps, mean is None, True, mean_out, var_out,
         bits, membrane_out, _scratch(current, False),
     )  # fmt: skip
     return bits, membrane_out, mean_out, var_out

@@ -95,8 +95,7 @@ def _outputs(current: Tensor, every: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(current), options.step_like(current, state), current.new_empty((kept, per_step), dtype=state)
 
 
-def _kernel(current, membrane, leak_tensor, threshold_tensor, *rest):
-    *numbers, every = rest
+def _kernel(current, membrane, leak_tensor, threshold_tensor, neuron, every):
     current = options.dense(current)
     membrane = options.in_layout_of(membrane, current)
     spikes, membrane_out, checkpoints = _outputs(current, every)
@@ -105,36 +104,35 @@ def _kernel(current, membrane, leak_tensor, threshold_tensor, *rest):
     else:
         parameters = options.per_channel(current, False, leak_tensor, threshold_tensor)
         extension._C.neuron.lif_forward(
-            current, membrane, *parameters, tuple(numbers), every, False, spikes, membrane_out, checkpoints
+            current, membrane, *parameters, neuron, every, False, spikes, membrane_out, checkpoints
         )
     return spikes, membrane_out, checkpoints
 
 
-def _fake(current, membrane, leak_tensor, threshold_tensor, *rest):
-    return _outputs(options.dense(current), rest[-1])
+def _fake(current, membrane, leak_tensor, threshold_tensor, neuron, every):
+    return _outputs(options.dense(current), every)
 
 
-def _fallback(current, membrane, *rest):
-    *neuron, every = rest
-    spikes, membrane_out = reference.lif(current, membrane, **options.keywords(*neuron))
+def _fallback(current, membrane, leak_tensor, threshold_tensor, neuron, every):
+    keywords = options.keywords(leak_tensor, threshold_tensor, neuron)
+    spikes, membrane_out = reference.lif(current, membrane, **keywords)
     _, state, checkpoints = _outputs(current, every)
     return spikes, state.copy_(membrane_out), checkpoints
 
 
 def _setup_context(ctx, inputs, output):
-    current, membrane, leak_tensor, threshold_tensor, *numbers, ctx.every = inputs
+    current, membrane, leak_tensor, threshold_tensor, ctx.neuron, ctx.every = inputs
     ctx.save_for_backward(current, membrane, leak_tensor, threshold_tensor, output[2])
-    ctx.numbers = numbers
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_spikes, grad_membrane, _):
     current, membrane, leak_tensor, threshold_tensor, checkpoints = ctx.saved_tensors
-    nothing = (None,) * (4 + options.COUNT + 1)
+    nothing = (None,) * 6
     if grad_spikes is None and grad_membrane is None:
         return nothing
     grads = _lif_backward(
-        grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, *ctx.numbers, ctx.every,
+        grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, ctx.neuron, ctx.every,
         [bool(n) for n in ctx.needs_input_grad[:4]],
     )  # fmt: skip
     wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)]
@@ -152,8 +150,9 @@ def _gradients(current: Tensor, membrane, leak_tensor, threshold_tensor, wanted:
     )
 
 
-def _backward_kernel(grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, *rest):
-    *numbers, every, wanted = rest
+def _backward_kernel(
+    grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, neuron, every, wanted
+):
     current = options.dense(current)
     grad_spikes = options.sequence_in_layout_of(grad_spikes, current)
     grad_membrane = options.in_layout_of(grad_membrane, current)
@@ -165,7 +164,7 @@ def _backward_kernel(grad_spikes, grad_membrane, current, membrane, checkpoints,
         return out, membrane_in, leak.zero_(), threshold.zero_()
     partial = [options.step_like(current, state_dtype(current.dtype)) if w else None for w in wanted[2:]]
     extension._C.neuron.lif_backward(
-        current, membrane, *options.per_channel(current, False, leak_tensor, threshold_tensor), tuple(numbers), every,
+        current, membrane, *options.per_channel(current, False, leak_tensor, threshold_tensor), neuron, every,
         checkpoints if every else None,
         grad_spikes, grad_membrane, out, membrane_in if wanted[1] else None, *partial,
     )  # fmt: skip
@@ -174,17 +173,18 @@ def _backward_kernel(grad_spikes, grad_membrane, current, membrane, checkpoints,
     return out, membrane_in, leak, threshold
 
 
-def _backward_fake(grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, *rest):
-    return _gradients(options.dense(current), membrane, leak_tensor, threshold_tensor, rest[-1])
+def _backward_fake(grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, neuron, every, wanted):
+    return _gradients(options.dense(current), membrane, leak_tensor, threshold_tensor, wanted)
 
 
-def _backward_fallback(grad_spikes, grad_membrane, current, membrane, checkpoints, *rest):
-    *neuron, _, wanted = rest
-    given = (current, membrane, neuron[0], neuron[1])
-    out = _gradients(current, membrane, neuron[0], neuron[1], wanted)
+def _backward_fallback(
+    grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, neuron, every, wanted
+):
+    given = (current, membrane, leak_tensor, threshold_tensor)
+    out = _gradients(*given, wanted)
     with torch.enable_grad():
         leaves = [t if t is None else t.detach().requires_grad_() for t in given]
-        twin = reference.lif(leaves[0], leaves[1], **options.keywords(leaves[2], leaves[3], *neuron[2:]))
+        twin = reference.lif(leaves[0], leaves[1], **options.keywords(leaves[2], leaves[3], neuron))
         pairs = [(o, g) for o, g in zip(twin, (grad_spikes, grad_membrane), strict=True) if g is not None and o.requires_grad]
         asked = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
         found = iter(torch.autograd.grad([o for o, _ in pairs], asked, [g for _, g in pairs], allow_unused=True))
@@ -201,7 +201,7 @@ def _packed_outputs(current: Tensor) -> tuple[Tensor, Tensor]:
     return bits, options.step_like(current, state_dtype(current.dtype))
 
 
-def _packed_kernel(current, membrane, leak_tensor, threshold_tensor, *numbers):
+def _packed_kernel(current, membrane, leak_tensor, threshold_tensor, neuron):
     current = current.contiguous()  # bits are counted in logical order
     membrane = options.in_layout_of(membrane, current)
     bits, membrane_out = _packed_outputs(current)
@@ -209,7 +209,7 @@ def _packed_kernel(current, membrane, leak_tensor, threshold_tensor, *numbers):
         membrane_out.zero_() if membrane is None else membrane_out.copy_(membrane)
     else:
         parameters = options.per_channel(current, False, leak_tensor, threshold_tensor)
-        extension._C.neuron.lif_forward(current, membrane, *parameters, tuple(numbers), 0, True, bits, membrane_out, None)
+        extension._C.neuron.lif_forward(current, membrane, *parameters, neuron, 0, True, bits, membrane_out, None)
     return bits, membrane_out
 
 
@@ -217,8 +217,8 @@ def _packed_fake(current, *rest):
     return _packed_outputs(current.contiguous())
 
 
-def _packed_fallback(current, membrane, *neuron):
-    spikes, membrane_out = reference.lif(current, membrane, **options.keywords(*neuron))
+def _packed_fallback(current, membrane, leak_tensor, threshold_tensor, neuron):
+    spikes, membrane_out = reference.lif(current, membrane, **options.keywords(leak_tensor, threshold_tensor, neuron))
     bits, state = _packed_outputs(current.contiguous())
     return bits.copy_(plain_pack(spikes.contiguous(), 1)[0]), state.copy_(membrane_out)
 
