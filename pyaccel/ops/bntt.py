@@ -71,8 +71,6 @@ def bntt_lif(
             checks.like("bntt_lif", name, statistic, grid, state, current.device)
             if statistic.requires_grad:
                 raise ValueError(f"bntt_lif: {name} must not require grad: given statistics are constants; detach() it")
-    if mean is None and current[0, :, 0].numel() == 0 and current.numel() > 0:
-        raise ValueError(f"bntt_lif: batch statistics need at least one value a channel, got {checks.shape_of(current)}")
     neuron = options.neuron_arguments(
         "bntt_lif", current, leak, threshold, reset, detach_reset, False, surrogate, surrogate_scale, surrogate_width
     )
@@ -169,7 +167,7 @@ def _fake(current, weight, membrane, mean, var, *rest):
 def _fallback(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps):
     keywords = options.keywords(leak_tensor, threshold_tensor, neuron)
     del keywords["delay"]
-    out = _outputs(current)
+    out = _outputs(_dense(current))
     twin = reference.bntt_lif(current, weight, membrane, mean=mean, var=var, eps=eps, **keywords)
     return tuple(o.copy_(t) for o, t in zip(out, twin, strict=True))
 
@@ -200,14 +198,13 @@ def _backward(ctx, grad_spikes, grad_membrane, _mean, _var):
 
 def _gradients(current, weight, leak_tensor, threshold_tensor, wanted, phase) -> tuple[Tensor, ...]:
     state = state_dtype(current.dtype)
-    empty = current.new_empty(0, dtype=state)
     return (
         torch.empty_like(current),
         torch.empty_like(weight, memory_format=torch.contiguous_format),
-        options.step_like(current, state) if wanted[2] else empty,
-        torch.empty_like(leak_tensor) if wanted[3] else empty,
-        torch.empty_like(threshold_tensor) if wanted[4] else empty,
-        weight.new_empty((2, *weight.shape)) if phase == SUMS_ONLY else empty,
+        options.step_like(current, state) if wanted[2] else current.new_empty(0, dtype=state),
+        torch.empty_like(leak_tensor) if wanted[3] else current.new_empty(0, dtype=state),
+        torch.empty_like(threshold_tensor) if wanted[4] else current.new_empty(0, dtype=state),
+        weight.new_empty((2, *weight.shape)) if phase == SUMS_ONLY else current.new_empty(0, dtype=state),
     )
 
 
@@ -218,7 +215,11 @@ def _backward_kernel(
     current = _dense(current)
     out = _gradients(current, weight, leak_tensor, threshold_tensor, wanted, phase)
     if current.numel() == 0:
-        return tuple(o.zero_() for o in out)
+        for o in out:
+            o.zero_()
+        if wanted[2] and grad_membrane is not None:  # no steps: the state passed through
+            out[2].copy_(grad_membrane)
+        return out
     channels = [current.new_empty(current.shape[2], dtype=weight.dtype) if w else None for w in wanted[3:]]
     extension._C.neuron.bntt_backward(
         current, weight.contiguous(), options.in_layout_of(membrane, current),
@@ -246,7 +247,7 @@ def _backward_fallback(
 ):  # fmt: skip
     if phase != WHOLE:
         raise NotImplementedError("bntt_lif: statistics over several processes need the compiled kernels")
-    out = _gradients(current, weight, leak_tensor, threshold_tensor, wanted, phase)
+    out = _gradients(_dense(current), weight, leak_tensor, threshold_tensor, wanted, phase)
     with torch.enable_grad():
         leaves = [t if t is None else t.detach().requires_grad_() for t in (current, weight, membrane, leak_tensor, threshold_tensor)]
         keywords = options.keywords(leaves[3], leaves[4], neuron)
@@ -270,7 +271,7 @@ def _packed_outputs(current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _packed_kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps):
-    current = current.contiguous()  # bits are counted in logical order
+    current = _dense(current.contiguous())  # bits are counted in logical order
     if current.numel() == 0 or not extension._C.neuron.bntt_packs_in_place(current):
         spikes, *others = _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps)
         return pack_spikes(spikes), *others

@@ -99,7 +99,7 @@ def _kernel(current, membrane, leak_tensor, threshold_tensor, neuron, every):
     current = options.dense(current)
     membrane = options.in_layout_of(membrane, current)
     spikes, membrane_out, checkpoints = _outputs(current, every)
-    if current.shape[0] == 0:
+    if current.numel() == 0:
         membrane_out.zero_() if membrane is None else membrane_out.copy_(membrane)
     else:
         parameters = options.per_channel(current, False, leak_tensor, threshold_tensor)
@@ -115,9 +115,9 @@ def _fake(current, membrane, leak_tensor, threshold_tensor, neuron, every):
 
 def _fallback(current, membrane, leak_tensor, threshold_tensor, neuron, every):
     keywords = options.keywords(leak_tensor, threshold_tensor, neuron)
-    spikes, membrane_out = reference.lif(current, membrane, **keywords)
-    _, state, checkpoints = _outputs(current, every)
-    return spikes, state.copy_(membrane_out), checkpoints
+    twin = reference.lif(current, membrane, **keywords)
+    spikes, state, checkpoints = _outputs(options.dense(current), every)
+    return spikes.copy_(twin[0]), state.copy_(twin[1]), checkpoints
 
 
 def _setup_context(ctx, inputs, output):
@@ -141,12 +141,11 @@ def _backward(ctx, grad_spikes, grad_membrane, _):
 
 def _gradients(current: Tensor, membrane, leak_tensor, threshold_tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
     state = state_dtype(current.dtype)
-    empty = current.new_empty(0, dtype=state)
     return (
         torch.empty_like(current),
-        options.step_like(current, state) if wanted[1] else empty,
-        torch.empty_like(leak_tensor) if wanted[2] else empty,
-        torch.empty_like(threshold_tensor) if wanted[3] else empty,
+        options.step_like(current, state) if wanted[1] else current.new_empty(0, dtype=state),
+        torch.empty_like(leak_tensor) if wanted[2] else current.new_empty(0, dtype=state),
+        torch.empty_like(threshold_tensor) if wanted[3] else current.new_empty(0, dtype=state),
     )
 
 
@@ -158,7 +157,7 @@ def _backward_kernel(
     grad_membrane = options.in_layout_of(grad_membrane, current)
     membrane = options.in_layout_of(membrane, current)
     out, membrane_in, leak, threshold = _gradients(current, membrane, leak_tensor, threshold_tensor, wanted)
-    if current.shape[0] == 0:
+    if current.numel() == 0:
         if wanted[1]:
             membrane_in.zero_() if grad_membrane is None else membrane_in.copy_(grad_membrane)
         return out, membrane_in, leak.zero_(), threshold.zero_()
@@ -181,7 +180,7 @@ def _backward_fallback(
     grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, neuron, every, wanted
 ):
     given = (current, membrane, leak_tensor, threshold_tensor)
-    out = _gradients(*given, wanted)
+    out = _gradients(options.dense(current), *given[1:], wanted)
     with torch.enable_grad():
         leaves = [t if t is None else t.detach().requires_grad_() for t in given]
         twin = reference.lif(leaves[0], leaves[1], **options.keywords(leaves[2], leaves[3], neuron))
@@ -202,7 +201,7 @@ def _packed_outputs(current: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _packed_kernel(current, membrane, leak_tensor, threshold_tensor, neuron):
-    current = current.contiguous()  # bits are counted in logical order
+    current = options.dense(current.contiguous())  # bits are counted in logical order
     membrane = options.in_layout_of(membrane, current)
     bits, membrane_out = _packed_outputs(current)
     if current.shape[0] == 0:

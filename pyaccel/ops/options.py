@@ -34,9 +34,13 @@ def neuron_arguments(
         leak_tensor, leak = _parameter(op, "leak", leak, current), 1.0
     if isinstance(threshold, Tensor):
         threshold_tensor, threshold = _parameter(op, "threshold", threshold, current), 1.0
-    # Checked once for each combination; a compiler traces the checks themselves and would warn about the cache.
-    numbers = _numbers if torch.compiler.is_compiling() else _cached_numbers
-    return leak_tensor, threshold_tensor, list(numbers(op, leak, threshold, reset, detach_reset, delay, surrogate, scale, width))
+    given = (op, leak, threshold, reset, detach_reset, delay, surrogate, scale, width)
+    if torch.compiler.is_compiling():  # a compiler traces the checks themselves and would warn about the cache
+        return leak_tensor, threshold_tensor, list(_numbers(*given))
+    try:
+        return leak_tensor, threshold_tensor, list(_cached_numbers(*given))
+    except TypeError:  # what cannot be a key is also wrong: say what
+        return leak_tensor, threshold_tensor, list(_numbers(*given))
 
 
 def _numbers(op, leak, threshold, reset, detach_reset, delay, surrogate, scale, width) -> tuple[float, ...]:
@@ -95,12 +99,22 @@ def reduced(partial: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     if partial is None or parameter is None:
         return None
     if parameter.dim() == 0:
-        return partial.sum()
+        return _total(partial)
     return partial.sum([d for d in range(partial.dim()) if d != 1])
+
+
+def _total(partial: Tensor) -> Tensor:
+    """The sum in an order that the shape alone decides: torch splits one long sum by the number of threads."""
+    flat = partial.reshape(-1)
+    while flat.numel() > 4096:
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024).sum(1)
+    return flat.sum()
 
 
 def dense(tensor: Tensor) -> Tensor:
     """`tensor`, or a contiguous copy unless it already is contiguous or channels-last, time outermost."""
+    if tensor.numel() == 0:  # counts as contiguous whatever its strides are, which kernels compare
+        return tensor.new_empty(tensor.shape)
     if tensor.is_contiguous():
         return tensor
     if tensor.dim() == 5 and tensor.transpose(2, 3).transpose(3, 4).is_contiguous():

@@ -194,7 +194,7 @@ def bntt_lif(
     if mean is None or var is None:
         mean = x.mean(over)
         var = ((x - _grid(mean, x)) ** 2).mean(over)
-    scale = weight * (1 / torch.sqrt(var + eps))
+    scale = weight * torch.rsqrt(var + eps)
     y = (x - _grid(mean, x)) * _grid(scale, x)
     spikes, membrane = lif(y, membrane, leak=leak, threshold=threshold, **neuron)
     return spikes.to(current.dtype), membrane, mean, var
