@@ -77,20 +77,38 @@ struct PhiloxEnd {
   }
 };
 
-// Philox of 64-bit counters, one a lane.
-PYACCEL_INLINE PhiloxEnd philox_lanes(const PhiloxKeys& keys, Wide counter, uint32_t stream, uint32_t domain) {
+// Philox of 64-bit counters, one a lane, for `groups` vectors side by side: one alone waits on its own chain.
+template <int groups>
+PYACCEL_INLINE void philox_lanes(const PhiloxKeys& keys, const Wide (&counter)[groups], uint32_t stream, uint32_t domain, PhiloxEnd (&end)[groups]) {
   const Wide m0 = Wide{} + kPhilox0, m1 = Wide{} + kPhilox1;
-  Wide p0 = multiply_low(counter, m0), p1 = Wide{} + kPhilox1 * stream;
-  Wide before0 = Wide{} + domain, before1 = counter >> 32;
+  Wide p0[groups], p1[groups], before0[groups], before1[groups];
+#pragma GCC unroll 4
+  for (int g = 0; g < groups; ++g) {
+    p0[g] = multiply_low(counter[g], m0);
+    p1[g] = Wide{} + kPhilox1 * stream;
+    before0[g] = Wide{} + domain;
+    before1[g] = counter[g] >> 32;
+  }
 #pragma GCC unroll 9
   for (int round = 0; round < 9; ++round) {
-    const Wide c0 = xor3(p1 >> 32, before1, Wide{} + keys.k0[round]), c2 = xor3(p0 >> 32, before0, Wide{} + keys.k1[round]);
-    before0 = p0;
-    before1 = p1;
-    p0 = multiply_low(c0, m0);
-    p1 = multiply_low(c2, m1);
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g) {
+      const Wide c0 = xor3(p1[g] >> 32, before1[g], Wide{} + keys.k0[round]);
+      const Wide c2 = xor3(p0[g] >> 32, before0[g], Wide{} + keys.k1[round]);
+      before0[g] = p0[g];
+      before1[g] = p1[g];
+      p0[g] = multiply_low(c0, m0);
+      p1[g] = multiply_low(c2, m1);
+    }
   }
-  return {p0, p1, before0, before1, keys.k0[9], keys.k1[9]};
+#pragma GCC unroll 4
+  for (int g = 0; g < groups; ++g) end[g] = {p0[g], p1[g], before0[g], before1[g], keys.k0[9], keys.k1[9]};
+}
+PYACCEL_INLINE PhiloxEnd philox_lanes(const PhiloxKeys& keys, Wide counter, uint32_t stream, uint32_t domain) {
+  const Wide counters[1] = {counter};
+  PhiloxEnd end[1];
+  philox_lanes(keys, counters, stream, domain, end);
+  return end[0];
 }
 
 // Many counters in a row that agree in their upper 32 bits: what rounds 1 and 2 then have in common is worked out once.

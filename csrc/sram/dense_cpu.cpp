@@ -21,7 +21,7 @@ constexpr int V = PYACCEL_VECTOR_BYTES;
 constexpr int kGroups = 4;    // vectors side by side
 constexpr uint8_t kBias = 0;  // what makes bytes comparable: AVX2 and SSE compare signed bytes only
 #elif defined(__x86_64__)
-constexpr int kGroups = 2;
+constexpr int kGroups = PYACCEL_VECTOR_BYTES == 32 ? 3 : 2;
 constexpr uint8_t kBias = 0x80;
 #else
 constexpr int kGroups = 2;
@@ -31,6 +31,7 @@ constexpr int kUnits = kGroups * 2 * V / 64;  // 64-bit words of failures a turn
 static_assert(kUnits >= 1 && kUnits <= kDenseSlack);
 
 typedef uint8_t ByteVec __attribute__((vector_size(V)));
+typedef uint32_t Places __attribute__((vector_size(V / 2)));
 
 // One bit a byte: a < b, and a == b.
 PYACCEL_INLINE void compare(ByteVec a, ByteVec b, uint64_t& less, uint64_t& equal) {
@@ -95,9 +96,10 @@ PYACCEL_INLINE void interleave(Wide a, Wide b, ByteVec& first, ByteVec& second) 
 }
 
 // body(unit, first, second, group) with the stream bytes of the bits of each group: 2*V bytes, in order.
-// Runs are split where the upper half of the counter changes. `body` may see bits beyond `words`.
-template <class Body>
-PYACCEL_INLINE void for_stream(const Draws& d, uint32_t domain, uint64_t first_bit, int64_t words, const Body& body) {
+// Runs are split where the upper half of the counter changes; ended(unit) after each. What `body` saw from that unit on
+// was not of the stream.
+template <class Body, class Ended>
+PYACCEL_INLINE void for_stream(const Draws& d, uint32_t domain, uint64_t first_bit, int64_t words, const Body& body, const Ended& ended) {
   const PhiloxKeys keys(d.seed);
   constexpr int64_t kRun = int64_t{1} << 30;  // 64-bit words of bits that 2^32 counters cover
   for (int64_t done = 0; done < words;) {
@@ -121,6 +123,7 @@ PYACCEL_INLINE void for_stream(const Draws& d, uint32_t domain, uint64_t first_b
       }
     }
     done = end;
+    ended(end);
   }
 }
 
@@ -144,9 +147,9 @@ struct Pattern {
   uint32_t low[kMaxWordBits];   // 24 low bits
 
   explicit Pattern(const Plan& plan) {
-    for (int i = 0; i < 2 * V; ++i) high[i / V][i % V] = static_cast<uint8_t>((plan.planes[i % plan.word_bits].threshold >> 24) ^ kBias);
+    for (int i = 0; i < 2 * V; ++i) high[i / V][i % V] = static_cast<uint8_t>((plan.planes[i & (plan.word_bits - 1)].threshold >> 24) ^ kBias);
     for (int i = 0; i < 64; ++i) {
-      const uint64_t t = plan.planes[i % plan.word_bits].threshold;
+      const uint64_t t = plan.planes[i & (plan.word_bits - 1)].threshold;
       always |= static_cast<uint64_t>(t >> 32) << i;
       may_tie |= static_cast<uint64_t>((t & 0xffffffu) != 0) << i;
     }
@@ -162,43 +165,46 @@ class Ties {
   Ties(const Draws& d, const Pattern& pattern, uint64_t first_bit, uint64_t* out)
       : keys_(d.seed), pattern_(pattern), stream_(d.stream), first_(first_bit), bit_mask_(static_cast<uint32_t>(d.plan->word_bits - 1)), out_(out) {}
 
-  // Two are pushed without a branch; a word of 64 bits rarely holds more.
-  PYACCEL_INLINE void push(uint32_t base, uint64_t ties) {
-    for (int twice = 0; twice < 2; ++twice) {
-      at_[count_] = base + static_cast<uint32_t>(__builtin_ctzll(ties | uint64_t{1} << 63));
-      count_ += ties != 0;
-      ties &= ties - 1;
-    }
+  // Adds to the `count` ties collected. The first of a word is pushed without a branch: 2 in 100 words hold more.
+  // (The count is the caller's, in a register: as a member it would go through memory at every push.)
+  PYACCEL_INLINE int push(int count, uint32_t base, uint64_t ties) {
+    at_[count] = base + static_cast<uint32_t>(__builtin_ctzll(ties | uint64_t{1} << 63));
+    count += ties != 0;
+    ties &= ties - 1;
     while (__builtin_expect(ties != 0, 0)) {
-      at_[count_++] = base + static_cast<uint32_t>(__builtin_ctzll(ties));
+      at_[count++] = base + static_cast<uint32_t>(__builtin_ctzll(ties));
       ties &= ties - 1;
     }
-  }
-  PYACCEL_INLINE void make_room(int wanted) {
-    if (__builtin_expect(count_ > kCapacity - wanted, 0)) resolve();
+    return count;
   }
 
-  void resolve() {
+  // Positions were pushed in order.
+  int keep_below(int count, uint32_t end) const {
+    while (count > 0 && at_[count - 1] >= end) --count;
+    return count;
+  }
+
+  void resolve(int count) {
     constexpr int kBatch = 2 * kWideLanes;
-    for (int i = count_; i < count_ + kBatch; ++i) at_[i] = at_[0];  // idle lanes draw something harmless
-    for (int from = 0; from < count_; from += kBatch) {
+    for (int i = count; i < count + kBatch; ++i) at_[i] = 0;  // idle lanes draw something harmless
+    for (int from = 0; from < count; from += kBatch) {
       Wide pairs[4];
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        Wide counter;
-        for (int l = 0; l < kWideLanes; ++l) counter[l] = (first_ + at_[from + half * kWideLanes + l]) >> 2;
+        Places places;
+        std::memcpy(&places, at_ + from + half * kWideLanes, sizeof places);
+        const Wide counter = (__builtin_convertvector(places, Wide) + first_) >> 2;
         philox_lanes(keys_, counter, stream_, 1).pairs(0, pairs[2 * half], pairs[2 * half + 1]);
       }
       alignas(64) uint32_t words[4][2 * kWideLanes];  // [half * 2 + pair][lane * 2 + member]
       std::memcpy(words, pairs, sizeof words);
-      const int n = std::min(kBatch, count_ - from);
+      const int n = std::min(kBatch, count - from);
       for (int l = 0; l < n; ++l) {
         const uint32_t bit = at_[from + l], i = bit & 3;
         const uint32_t drawn = words[l / kWideLanes * 2 + static_cast<int>(i >> 1)][l % kWideLanes * 2 + static_cast<int>(i & 1)] >> 8;
         out_[bit >> 6] |= static_cast<uint64_t>(drawn < pattern_.low[bit & bit_mask_]) << (bit & 63);
       }
     }
-    count_ = 0;
   }
 
  private:
@@ -208,7 +214,6 @@ class Ties {
   uint64_t first_;
   uint32_t bit_mask_;
   uint64_t* out_;
-  int count_ = 0;
   uint32_t at_[kCapacity + 2 * kWideLanes];
 };
 
@@ -217,6 +222,8 @@ class Ties {
 void dense_failures(const Draws& d, uint64_t first_bit, int64_t words, uint64_t* out) {
   const Pattern pattern(*d.plan);
   Ties ties(d, pattern, first_bit, out);
+  const uint64_t always = pattern.always, may_tie = pattern.may_tie;
+  int tied = 0;
   alignas(64) uint64_t equal[kUnits];
   for_stream(d, 0, first_bit, words, [&](int64_t unit, ByteVec first, ByteVec second, int g) PYACCEL_LAMBDA_INLINE {
     uint64_t less[2], same[2];
@@ -225,21 +232,24 @@ void dense_failures(const Draws& d, uint64_t first_bit, int64_t words, uint64_t*
     put(out + unit, g, less[0], less[1]);
     put(equal, g, same[0], same[1]);
     if (g + 1 < kGroups) return;
-    ties.make_room(64 * kUnits);
+    if (__builtin_expect(tied > Ties::kCapacity - 64 * kUnits, 0)) {
+      ties.resolve(tied);
+      tied = 0;
+    }
 #pragma GCC unroll 8
     for (int u = 0; u < kUnits; ++u) {
-      out[unit + u] |= pattern.always;
-      if (unit + u < words) ties.push(static_cast<uint32_t>(unit + u) * 64, equal[u] & pattern.may_tie);
+      out[unit + u] |= always;
+      tied = ties.push(tied, static_cast<uint32_t>(unit + u) * 64, equal[u] & may_tie);
     }
-  });
-  ties.resolve();
+  }, [&](int64_t end) PYACCEL_LAMBDA_INLINE { tied = ties.keep_below(tied, static_cast<uint32_t>(end) * 64); });
+  ties.resolve(tied);
 }
 
 void stuck_values(const Draws& d, uint64_t first_bit, int64_t words, uint64_t* out) {
   for_stream(d, 2, first_bit, words, [&](int64_t unit, ByteVec first, ByteVec second, int g) PYACCEL_LAMBDA_INLINE {
     const uint64_t flip = kBias & 1 ? ~uint64_t{0} : 0;  // the bias leaves the lowest bit alone
     put(out + unit, g, low_bits(first) ^ flip, low_bits(second) ^ flip);
-  });
+  }, [](int64_t) PYACCEL_LAMBDA_INLINE {});
 }
 
 void raw_philox(const RawPhilox& f) {

@@ -21,6 +21,9 @@ PYACCEL_INLINE uint64_t shifted(const uint64_t* bits, unsigned shift) {
 // `shift`: where in the bit strings the first bit of memory stands.
 void apply(const uint8_t* in, uint8_t* out, int64_t bytes, const uint64_t* failed, const uint64_t* values, unsigned shift) {
   int64_t at = 0;
+  if (shift == 0 && values == nullptr)
+    for (; at + PYACCEL_VECTOR_BYTES <= bytes; at += PYACCEL_VECTOR_BYTES)
+      store_bits<false>(out + at, load_vec(in + at) ^ load_vec(reinterpret_cast<const uint8_t*>(failed) + at));
   for (; at + 8 <= bytes; at += 8) {
     uint64_t word, change = shifted(failed + at / 8, shift);
     std::memcpy(&word, in + at, 8);

@@ -3,7 +3,7 @@
 // For one plane, a vector of blocks a turn: their count draws fill 32-bit lanes (even blocks in one Philox register, odd
 // ones in another), counts come from comparisons with the cumulative table, and the three words that the count draw
 // leaves over give the first three positions, with duplicates repaired without a branch. Blocks with four to seven
-// failures wait in a queue until a register is full of them; the few with more go one at a time. Positions are
+// failures wait in a queue, so that registers are full when their turn comes; the few with more go one at a time. Positions are
 // collected and applied in batches. A chunk of memory stays in the L2 while all planes pass over it.
 #include <algorithm>
 #include <cstring>
@@ -119,22 +119,39 @@ class Chunk {
     base_ = static_cast<uint32_t>(first_ - (base_block_ << plane.block_log2));
     const uint64_t end_block = (first_ + static_cast<uint64_t>(count_) + block_ - 1) >> plane.block_log2;
     const uint32_t blocks = static_cast<uint32_t>(end_block - base_block_);
-    for (uint32_t at = 0; at < blocks; at += kLanes) turn(at, blocks);
-    while (queued_ > 0) continue_queue();
+    for (uint32_t at = 0; at < blocks; at += 2 * kLanes) turn<2>(at, blocks);
+    drain_queue(1);
     apply();
   }
 
  private:
   static constexpr int kCompared = 8;                  // counts found without a branch
-  static constexpr int kQueue = 4 * kLanes;
+  static constexpr int kQueue = 512;
+  static constexpr int kAhead = 16;  // positions that a prefetch runs ahead
   static_assert(Positions::kRoom >= 128 * kLanes);     // the longest table has 65 entries
 
+  // Several vectors of blocks side by side, for the generator's sake.
+  template <int vectors>
   PYACCEL_INLINE void turn(uint32_t at, uint32_t blocks) {
-    Wide index = Wide{} + (base_block_ + at);
-    for (int l = 0; l < kWideLanes; ++l) index[l] += static_cast<uint64_t>(2 * l);
-    Wide even[4], odd[4];
-    philox_lanes(keys_, index, d_.stream, domain_).words(even);
-    philox_lanes(keys_, index + 1, d_.stream, domain_).words(odd);
+    Wide index[2 * vectors];
+    PhiloxEnd drawn[2 * vectors];
+    Wide lane = Wide{} + (base_block_ + at);
+    for (int l = 0; l < kWideLanes; ++l) lane[l] += static_cast<uint64_t>(2 * l);
+#pragma GCC unroll 4
+    for (int g = 0; g < 2 * vectors; ++g) index[g] = lane + static_cast<uint64_t>(g / 2 * kLanes + g % 2);
+    philox_lanes(keys_, index, d_.stream, domain_, drawn);
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      Wide even[4], odd[4];
+      drawn[2 * v].words(even);
+      drawn[2 * v + 1].words(odd);
+      positions(at + static_cast<uint32_t>(v * kLanes), blocks, even, odd);
+    }
+    if (queued_ >= kQueue - vectors * kLanes) drain_queue(kLanes);
+    if (found_.count > Positions::kCapacity - Positions::kRoom) apply();
+  }
+
+  PYACCEL_INLINE void positions(uint32_t at, uint32_t blocks, const Wide (&even)[4], const Wide (&odd)[4]) {
     const IntVec drawn = __builtin_bit_cast(IntVec, merge(even[0], odd[0])) ^ static_cast<int32_t>(0x80000000u);
     IntVec below{}, count;
 #pragma GCC unroll 8
@@ -166,17 +183,18 @@ class Chunk {
     add(r0 + start, count > 0);
     add(r1 + start, count > 1);
     add(r2 + start, count > 2);
-    const Compress longer(lanes_set(count > 3));
-    if (longer.mask != 0) {
-      longer.store(queue_[0] + queued_, __builtin_bit_cast(WordVec, block));
-      longer.store(queue_[1] + queued_, __builtin_bit_cast(WordVec, count));
-      longer.store(queue_[2] + queued_, r0);
-      longer.store(queue_[3] + queued_, r1);
-      longer.store(queue_[4] + queued_, r2);
-      queued_ += longer.count();
-      if (queued_ >= kLanes) continue_queue();
-    }
-    if (found_.count > Positions::kCapacity - Positions::kRoom) apply();
+    const Compress longer(lanes_set(count > 3));  // stored without asking whether there are any
+    longer.store(queue_[0] + queued_, __builtin_bit_cast(WordVec, block));
+    longer.store(queue_[1] + queued_, __builtin_bit_cast(WordVec, count));
+    longer.store(queue_[2] + queued_, r0);
+    longer.store(queue_[3] + queued_, r1);
+    longer.store(queue_[4] + queued_, r2);
+    queued_ += longer.count();
+  }
+
+  // Until fewer than `keep` blocks wait.
+  void drain_queue(int keep) {
+    while (queued_ > 0 && queued_ >= keep) continue_queue();
   }
 
   // Positions four to seven of a register full of blocks, from their second draw.
@@ -236,7 +254,11 @@ class Chunk {
     if (stuck_) return apply_stuck(n);
     if (log2_bits_ == 3 && base_ == 0 && words % block_ == 0) {  // the common case: bytes, whole blocks
       const uint8_t bit = static_cast<uint8_t>(1u << number_);
-      for (int i = 0; i < n; ++i) memory_[found_.at[i]] ^= bit;
+      for (int i = n; i < n + kAhead; ++i) found_.at[i] = 0;
+      for (int i = 0; i < n; ++i) {
+        __builtin_prefetch(memory_ + found_.at[i + kAhead], 1);
+        memory_[found_.at[i]] ^= bit;
+      }
       return;
     }
     for (int i = 0; i < n; ++i) {
@@ -282,7 +304,7 @@ class Chunk {
   uint32_t number_ = 0, domain_ = 0, block_ = 0, base_ = 0;
   int32_t last_count_ = 0, limits_[kCompared];
   uint64_t base_block_ = 0;
-  uint32_t queue_[5][kQueue];
+  uint32_t queue_[5][kQueue + kLanes];
   int queued_ = 0;
   Positions found_;
 };

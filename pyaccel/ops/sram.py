@@ -16,6 +16,7 @@ from pyaccel.reference import sram as twin
 from pyaccel.reference.neuron import state_dtype
 
 NOISE_BITS = (1, 2, 4, 8, 16)  # float32 holds no 32-bit code
+SPARSE, STUCK = twin.MODES.index("sparse"), twin.SEMANTICS.index("stuck")
 LARGEST_FIRST = 1 << 58  # element numbers stay below 2^64 bits
 Probability = float | Sequence[float]
 
@@ -59,8 +60,8 @@ def flip_bits(
         key,
         probabilities,
         width,
-        checks.choice("flip_bits", "mode", mode, twin.MODES),
-        checks.choice("flip_bits", "semantics", semantics, twin.SEMANTICS),
+        checks.choice("flip_bits", "mode", mode, twin.MODES) == SPARSE,
+        checks.choice("flip_bits", "semantics", semantics, twin.SEMANTICS) == STUCK,
     )
 
 
@@ -83,8 +84,8 @@ def flip_bits_(
         key,
         probabilities,
         width,
-        checks.choice("flip_bits_", "mode", mode, twin.MODES),
-        checks.choice("flip_bits_", "semantics", semantics, twin.SEMANTICS),
+        checks.choice("flip_bits_", "mode", mode, twin.MODES) == SPARSE,
+        checks.choice("flip_bits_", "semantics", semantics, twin.SEMANTICS) == STUCK,
     )
     return words
 
@@ -129,8 +130,8 @@ def sram_noise(
     else:
         step, value = None, checks.number("sram_noise", "scale", scale, above=0.0)
     key = _key("sram_noise", seed, stream, first_element)
-    number = checks.choice("sram_noise", "mode", mode, twin.MODES)
-    return _sram_noise(x, step, key, value, probabilities, word_bits, bool(signed), number)
+    sparse = checks.choice("sram_noise", "mode", mode, twin.MODES) == SPARSE
+    return _sram_noise(x, step, key, value, probabilities, word_bits, bool(signed), sparse)
 
 
 def _checked(op: str, words: Tensor, word_bits: int | None, probability: Probability) -> tuple[int, list[float]]:
@@ -180,14 +181,14 @@ def _key(op: str, seed: int | Tensor, stream: int, first_element: int) -> Tensor
 
 
 @functools.lru_cache(maxsize=128)
-def _plan(probabilities: tuple[float, ...], word_bits: int, mode: int):
+def _plan(probabilities: tuple[float, ...], word_bits: int, sparse: bool):
     """Thresholds and binomial tables of the kernels, made once for each set of probabilities."""
     planes = []
     for limit in twin.thresholds(probabilities, word_bits):
         block = twin.block_size(limit)
-        table = twin.count_table(limit, block) if limit and twin.MODES[mode] == "sparse" else ()
+        table = twin.count_table(limit, block) if limit and sparse else ()
         planes.append((limit, block.bit_length() - 1, table))
-    return extension._C.sram.Plan(twin.MODES[mode] == "sparse", planes)
+    return extension._C.sram.Plan(sparse, planes)
 
 
 def _draw(key: Tensor) -> dict:
@@ -198,32 +199,32 @@ def _draw(key: Tensor) -> dict:
 # ---- flip_bits
 
 
-def _flip(words: Tensor, out: Tensor, key, probability, word_bits, mode, semantics) -> None:
-    plan = _plan(tuple(probability), word_bits, mode)
-    extension._C.sram.flip(words, out, plan, *key.tolist(), twin.SEMANTICS[semantics] == "stuck")
+def _flip(words: Tensor, out: Tensor, key, probability, word_bits, sparse, stuck) -> None:
+    plan = _plan(tuple(probability), word_bits, sparse)
+    extension._C.sram.flip(words, out, plan, *key.tolist(), stuck)
 
 
-def _flip_kernel(words, key, probability, word_bits, mode, semantics):
+def _flip_kernel(words, key, probability, word_bits, sparse, stuck):
     dense = words.contiguous()
     out = torch.empty_like(dense, memory_format=torch.contiguous_format)
-    _flip(dense, out, key, probability, word_bits, mode, semantics)
+    _flip(dense, out, key, probability, word_bits, sparse, stuck)
     return out if words.is_contiguous() else torch.empty_like(words).copy_(out)
 
 
-def _flip_kernel_in_place(words, key, probability, word_bits, mode, semantics):
+def _flip_kernel_in_place(words, key, probability, word_bits, sparse, stuck):
     dense = words.contiguous()
-    _flip(dense, dense, key, probability, word_bits, mode, semantics)
+    _flip(dense, dense, key, probability, word_bits, sparse, stuck)
     if dense is not words:
         words.copy_(dense)
 
 
-def _flip_fallback(words, key, probability, word_bits, mode, semantics):
+def _flip_fallback(words, key, probability, word_bits, sparse, stuck):
     out = reference.flip_bits(
         words,
         probability,
         word_bits=word_bits,
-        mode=twin.MODES[mode],
-        semantics=twin.SEMANTICS[semantics],
+        mode=twin.MODES[sparse],
+        semantics=twin.SEMANTICS[stuck],
         **_draw(key),
     )
     return torch.empty_like(words).copy_(out)
@@ -234,13 +235,13 @@ def _flip_fallback_in_place(words, *arguments):
 
 
 _flip_bits = register(
-    "flip_bits(Tensor words, Tensor key, float[] probability, int word_bits, int mode, int semantics) -> Tensor",
+    "flip_bits(Tensor words, Tensor key, float[] probability, int word_bits, bool sparse, bool stuck) -> Tensor",
     kernel=_flip_kernel,
     fake=lambda words, *_: torch.empty_like(words),
     fallback=_flip_fallback,
 )
 _flip_bits_in_place = register(
-    "flip_bits_(Tensor(a!) words, Tensor key, float[] probability, int word_bits, int mode, int semantics) -> ()",
+    "flip_bits_(Tensor(a!) words, Tensor key, float[] probability, int word_bits, bool sparse, bool stuck) -> ()",
     kernel=_flip_kernel_in_place,
     fake=lambda *_: None,
     fallback=_flip_fallback_in_place,
@@ -250,18 +251,18 @@ _flip_bits_in_place = register(
 # ---- sram_noise
 
 
-def _noise_kernel(x, scale, key, value, probability, word_bits, signed, mode):
+def _noise_kernel(x, scale, key, value, probability, word_bits, signed, sparse):
     dense = x.contiguous()
     y = torch.empty_like(dense, memory_format=torch.contiguous_format)
-    plan = _plan(tuple(probability), word_bits, mode)
+    plan = _plan(tuple(probability), word_bits, sparse)
     extension._C.sram.noise(dense, scale, value, plan, signed, *key.tolist(), y)
     return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
 
 
-def _noise_fallback(x, scale, key, value, probability, word_bits, signed, mode):
+def _noise_fallback(x, scale, key, value, probability, word_bits, signed, sparse):
     step = value if scale is None else scale
     y = reference.sram_noise(
-        x.detach(), step, probability, word_bits=word_bits, signed=signed, mode=twin.MODES[mode], **_draw(key)
+        x.detach(), step, probability, word_bits=word_bits, signed=signed, mode=twin.MODES[sparse], **_draw(key)
     )
     return torch.empty_like(x).copy_(y)
 
@@ -297,7 +298,7 @@ _sram_noise_backward = register(
     fallback=_backward_fallback,
 )
 _sram_noise = register(
-    "sram_noise(Tensor x, Tensor? scale, Tensor key, float value, float[] probability, int word_bits, bool signed, int mode)"
+    "sram_noise(Tensor x, Tensor? scale, Tensor key, float value, float[] probability, int word_bits, bool signed, bool sparse)"
     " -> Tensor",
     kernel=_noise_kernel,
     fake=lambda x, *_: torch.empty_like(x),
