@@ -11,6 +11,9 @@
 namespace pyaccel::neuron {
 void bind(pybind11::module_& m);
 }
+namespace pyaccel::sram {
+void bind(pybind11::module_& m);
+}
 
 namespace {
 
@@ -51,4 +54,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_memory", &pyaccel::release_memory);
   auto neuron = m.def_submodule("neuron");
   pyaccel::neuron::bind(neuron);
+  auto sram = m.def_submodule("sram");
+  pyaccel::sram::bind(sram);
 }

@@ -29,7 +29,7 @@ def register(
 
     `kernel` runs on the devices that the compiled module has kernels for; on any other device `fallback` (plain torch)
     runs, after one warning that says why. `backward=None`: the operator is itself a gradient (or its output is bits),
-    and differentiating it is refused.
+    and differentiating it is refused. An operator that writes to an argument (`Tensor(a!)`) has no autograd at all.
     """
     name = schema.split("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,9 +39,10 @@ def register(
             library.impl(name, kernel, "CUDA")
     library.impl(name, _warned(name, fallback), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyaccel::{name}", fake, lib=library)
-    if backward is None:
-        setup_context, backward = None, _refuse_double_backward(name)
-    torch.library.register_autograd(f"pyaccel::{name}", backward, setup_context=setup_context, lib=library)
+    if "!" not in schema:
+        if backward is None:
+            setup_context, backward = None, _refuse_double_backward(name)
+        torch.library.register_autograd(f"pyaccel::{name}", backward, setup_context=setup_context, lib=library)
     return getattr(torch.ops.pyaccel, name).default
 
 
