@@ -2,9 +2,10 @@
 
 
 from pyaccel.ops.bntt import bntt_lif
+from pyaccel.ops.crossbar_matrix import crossbar_matrix
 from pyaccel.ops.encode import poisson_encode
 from pyaccel.ops.lif import lif
 
 from pyaccel.ops import flops as _flops  # noqa: E402,F401  (after the operators that it describes)
 
-__all__ = ["bntt_lif", "lif", "poisson_encode"]
+__all__ = ["bntt_lif", "crossbar_matrix", "lif", "poisson_encode"]

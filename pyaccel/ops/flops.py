@@ -3,6 +3,8 @@
 A multiplication, addition, subtraction, comparison and a reset count one each: LIF forward 4 a neuron-step (leak, add,
 compare, reset); backward 4 to recompute and 8 to walk back; normalisation adds 2 forward (and 3 for the statistics)
 and 9 backward. The encoder does no floating-point arithmetic worth counting: one product a pixel.
+A crossbar tile M x N, M >= N, takes M N (N + M) / 2 multiply-adds, two operations each; its gradient repeats them and adds
+two products of N x N with N x M a row.
 """
 
 from __future__ import annotations
@@ -25,3 +27,18 @@ _formula("lif_backward", 2, 12)
 _formula("bntt_lif", 0, 4 + 5)
 _formula("bntt_lif_backward", 2, 12 + 9)
 _formula("poisson_encode", 0, 1)
+
+
+def _ladder(conductance: torch.Size) -> tuple[int, int]:
+    tiles, (short, long) = math.prod(conductance[:-2]), sorted(conductance[-2:])
+    return tiles * long * short * (short + long), tiles * 4 * long * long * short * short
+
+
+@register_flop_formula(torch.ops.pyaccel.crossbar_matrix)
+def _crossbar_matrix(conductance, *rest, out_shape=None, **kwargs) -> int:
+    return _ladder(conductance)[0]
+
+
+@register_flop_formula(torch.ops.pyaccel.crossbar_matrix_backward)
+def _crossbar_matrix_backward(grad, conductance, *rest, out_shape=None, **kwargs) -> int:
+    return sum(_ladder(conductance))

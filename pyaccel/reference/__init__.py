@@ -1,6 +1,16 @@
 """Plain-torch twins of every kernel, written for reading: same names and arguments as in `pyaccel.ops`."""
 
+from pyaccel.reference.crossbar import crossbar_matmul, crossbar_matrix
 from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, surrogate_slope
-from pyaccel.reference.philox import philox
+from pyaccel.reference.philox import philox, philox_normal
 
-__all__ = ["bntt_lif", "lif", "philox", "poisson_encode", "surrogate_slope"]
+__all__ = [
+    "bntt_lif",
+    "crossbar_matmul",
+    "crossbar_matrix",
+    "lif",
+    "philox",
+    "philox_normal",
+    "poisson_encode",
+    "surrogate_slope",
+]
