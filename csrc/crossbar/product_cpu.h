@@ -1,5 +1,7 @@
 // Small matrix products in registers: the inner loops of the ladder and of the tiled product.
 #pragma once
+#include <type_traits>
+
 #include "../core/simd.h"
 
 namespace pyaccel::crossbar::PYACCEL_ISA {
@@ -40,7 +42,7 @@ PYACCEL_INLINE void multiply_add(Vec<S> (&acc)[kRows][width], const S* a, int64_
     for (int v = 0; v < width; ++v) bs[v] = load_vec(b + k * ldb + v * lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vec<S> as = Vec<S>{} + a[r * row + k * next];
+      const Vec<S> as = a[r * row + k * next] - Vec<S>{};  // x - 0 is x to the compiler, 0 + x is not
 #pragma GCC unroll 8
       for (int v = 0; v < width; ++v) acc[r][v] = fused(as, bs[v], acc[r][v]);
     }
@@ -114,31 +116,67 @@ PYACCEL_INLINE void transpose8(const double* from, int64_t ldf, double* to, int6
 }
 
 // g = (I + r * a)^-1 for a symmetric positive semidefinite 8 x 8 block: Gauss-Jordan in place, no pivot search needed.
+// Rows are 32-byte vectors, one in float32, two in float64: the whole block stays in registers.
 template <class S>
 PYACCEL_INLINE void invert8(const S* a, int64_t lda, S r, S* g) {
-  typedef S Row __attribute__((vector_size(8 * sizeof(S))));
-  typedef S Loose __attribute__((vector_size(8 * sizeof(S)), aligned(alignof(S)), may_alias));
-  Row m[8];
+  constexpr int wide = 32 / static_cast<int>(sizeof(S)), parts = 8 / wide;
+  typedef S Part __attribute__((vector_size(32)));
+  typedef S Loose __attribute__((vector_size(32), aligned(alignof(S)), may_alias));
+  typedef std::conditional_t<sizeof(S) == 4, int32_t, int64_t> Int;
+  typedef Int Mask __attribute__((vector_size(32)));
+  Part m[8][parts];
+  Mask place[wide];  // all ones in lane p
 #pragma GCC unroll 8
-  for (int p = 0; p < 8; ++p) {
-    m[p] = *reinterpret_cast<const Loose*>(a + p * lda) * r;
-    m[p][p] += S(1);
+  for (int p = 0; p < wide; ++p) {
+    place[p] = Mask{};
+    place[p][p] = -1;
   }
 #pragma GCC unroll 8
   for (int p = 0; p < 8; ++p) {
-    const S inverse = S(1) / m[p][p];
-    m[p] *= inverse;
-    m[p][p] = inverse;
+#pragma GCC unroll 2
+    for (int q = 0; q < parts; ++q) m[p][q] = *reinterpret_cast<const Loose*>(a + p * lda + q * wide) * r;
+    const Part one = S(1) - Part{};
+    m[p][p / wide] += __builtin_bit_cast(Part, __builtin_bit_cast(Mask, one) & place[p % wide]);
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < 8; ++p) {
+    const int own = p / wide;
+    const Mask here = place[p % wide];
+    const Part inverse = (S(1) / m[p][own][p % wide]) - Part{};
+#pragma GCC unroll 2
+    for (int q = 0; q < parts; ++q) m[p][q] *= inverse;
+    m[p][own] = here ? inverse : m[p][own];
 #pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
       if (k == p) continue;
-      const S f = m[k][p];
-      m[k][p] = S(0);
-      m[k] -= m[p] * f;
+      const Part f = m[k][own][p % wide] - Part{};
+      m[k][own] = __builtin_bit_cast(Part, __builtin_bit_cast(Mask, m[k][own]) & ~here);
+#pragma GCC unroll 2
+      for (int q = 0; q < parts; ++q) m[k][q] -= m[p][q] * f;
     }
   }
 #pragma GCC unroll 8
-  for (int p = 0; p < 8; ++p) *reinterpret_cast<Loose*>(g + 8 * p) = m[p];
+  for (int p = 0; p < 8; ++p)
+#pragma GCC unroll 2
+    for (int q = 0; q < parts; ++q) *reinterpret_cast<Loose*>(g + 8 * p + q * wide) = m[p][q];
+}
+
+// g := g - I = -r g a, formed as a product: no difference of nearly equal numbers.
+template <class S>
+PYACCEL_INLINE void less_identity(S* g, const S* a, int64_t lda, S r) {
+  constexpr int wide = 32 / static_cast<int>(sizeof(S)), parts = 8 / wide;
+  typedef S Part __attribute__((vector_size(32)));
+  typedef S Loose __attribute__((vector_size(32), aligned(alignof(S)), may_alias));
+#pragma GCC unroll 8
+  for (int p = 0; p < 8; ++p) {
+    Part sum[parts] = {};
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k)
+#pragma GCC unroll 2
+      for (int q = 0; q < parts; ++q) sum[q] += *reinterpret_cast<const Loose*>(a + k * lda + q * wide) * g[8 * p + k];
+#pragma GCC unroll 2
+    for (int q = 0; q < parts; ++q) *reinterpret_cast<Loose*>(g + 8 * p + q * wide) = sum[q] * -r;
+  }
 }
 
 }  // namespace pyaccel::crossbar::PYACCEL_ISA

@@ -61,20 +61,6 @@ PYACCEL_INLINE void add_rank8(S* to, int64_t ld, const S* a, int64_t row, int64_
   });
 }
 
-// g := g - I = -R g a, formed as a product: no difference of nearly equal numbers.
-template <class S>
-PYACCEL_INLINE void less_identity(S* g, const S* a, int64_t lda, S ohm) {
-  typedef S Row __attribute__((vector_size(8 * sizeof(S))));
-  typedef S Loose __attribute__((vector_size(8 * sizeof(S)), aligned(alignof(S)), may_alias));
-#pragma GCC unroll 8
-  for (int p = 0; p < 8; ++p) {
-    Row sum{};
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) sum += *reinterpret_cast<const Loose*>(a + k * lda) * g[8 * p + k];
-    *reinterpret_cast<Loose*>(g + 8 * p) = sum * -ohm;
-  }
-}
-
 // One panel of the sweep. `columns` of x, a multiple of the lanes; none where light (see apply).
 template <bool light, class S>
 PYACCEL_INLINE void sweep_panel(const Block<S>& y, int64_t n, S ohm, int64_t b, const Block<S>& x, int64_t columns, const Work<S>& work) {
