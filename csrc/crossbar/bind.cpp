@@ -95,12 +95,86 @@ void matrix_gradient(const Tensor& conductance, const Ohm& ohm, const Tensor& gr
   report(op, fault);
 }
 
+const void* weights(const char* op, const char* name, const Tensor& t, const Tensor& x, int64_t inputs, int64_t outputs) {
+  return t ? contiguous(op, name, required(op, name, t, x.dtype, x), {inputs, outputs}).data : nullptr;
+}
+
+// `values`: [2] or [2, outputs], steps then their inverses.
+Converter converter_of(const char* op, const char* name, const Tensor& values, int32_t top, const Tensor& x, int64_t outputs) {
+  Converter c{top};
+  if (top == 0) return c;
+  required(op, name, values, x.dtype, x);
+  c.per_column = values.ndim == 2;
+  c.step = c.per_column ? contiguous(op, name, values, {2, outputs}).data : contiguous(op, name, values, {2}).data;
+  c.inverse = static_cast<const char*>(c.step) + (c.per_column ? outputs : 1) * size_of(x.dtype);
+  return c;
+}
+
+const Tensor& plain(const char* op, const char* name, const Tensor& t) {
+  if (!t || t.ndim != 2 || (t.dtype != Dtype::f32 && t.dtype != Dtype::f64)) refuse(op, name, "float32 or float64 [batch, inputs]", t);
+  return contiguous(op, name, t, {t.shape[0], t.shape[1]});
+}
+
+void matmul(const Tensor& x, const Tensor& positive, const Tensor& negative, int64_t tile, bool apart, int adc_top,
+            const Tensor& adc, double read_noise, int64_t seed, int64_t stream, const Tensor& y) {
+  const char* op = "crossbar_matmul";
+  plain(op, "x", x);
+  if (!positive || positive.ndim != 2) refuse(op, "positive", "[inputs, outputs]", positive);
+  if (tile < 1) throw py::value_error("crossbar_matmul: tile must be at least 1");
+  Matmul f;
+  f.dtype = x.dtype;
+  f.batch = x.shape[0];
+  f.inputs = x.shape[1];
+  f.outputs = positive.shape[1];
+  f.tile = tile;
+  f.x = x.data;
+  f.positive = weights(op, "positive", positive, x, f.inputs, f.outputs);
+  f.negative = weights(op, "negative", negative, x, f.inputs, f.outputs);
+  f.apart = apart && f.negative != nullptr;
+  f.adc = converter_of(op, "adc", adc, adc_top, x, f.outputs);
+  f.read_noise = read_noise;
+  f.seed = static_cast<uint64_t>(seed);
+  f.stream = static_cast<uint32_t>(stream);
+  f.y = contiguous(op, "y", required(op, "y", y, x.dtype, x), {f.batch, f.outputs}).data;
+  if (y.size() == 0) return;
+  PYACCEL_ON(x, matmul(f, device, queue))
+  py::gil_scoped_release release;
+  PYACCEL_CALL(matmul(f));
+}
+
+void quantize(const Tensor& x, int top, const Tensor& converter, const Tensor& out) {
+  const char* op = "crossbar_matmul";
+  plain(op, "x", x);
+  Quantize f{x.dtype, x.size(), x.data, converter_of(op, "dac", converter, top, x, 1), nullptr};
+  f.out = contiguous(op, "out", required(op, "out", out, x.dtype, x), {x.shape[0], x.shape[1]}).data;
+  if (f.count == 0) return;
+  PYACCEL_ON(x, quantize(f, device, queue))
+  py::gil_scoped_release release;
+  PYACCEL_CALL(quantize(f));
+}
+
+void normal(int64_t seed, int64_t stream, int64_t domain, int64_t first, const Tensor& out) {
+  const char* op = "philox_normal";
+  if (!out || out.ndim != 1 || out.dtype != Dtype::f32 || out.on_cuda()) refuse(op, "out", "float32 [count] on the CPU", out);
+  contiguous(op, "out", out, {out.shape[0]});
+  if (first < 0) throw py::value_error("philox_normal: first must be at least 0");
+  Normal f{static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), static_cast<uint32_t>(domain), first, out.shape[0],
+           static_cast<float*>(out.data)};
+  if (f.count == 0) return;
+  py::gil_scoped_release release;
+  PYACCEL_CALL(normal(f));
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   m.def("matrix", &matrix, py::arg("conductance"), py::arg("ohm"), py::arg("effective"));
   m.def("matrix_gradient", &matrix_gradient, py::arg("conductance"), py::arg("ohm"), py::arg("grad_effective"),
         py::arg("grad_conductance"), py::arg("history_bytes"));
+  m.def("matmul", &matmul, py::arg("x"), py::arg("positive"), py::arg("negative").none(true), py::arg("tile"), py::arg("apart"),
+        py::arg("adc_top"), py::arg("adc").none(true), py::arg("read_noise"), py::arg("seed"), py::arg("stream"), py::arg("y"));
+  m.def("quantize", &quantize, py::arg("x"), py::arg("top"), py::arg("converter"), py::arg("out"));
+  m.def("normal", &normal, py::arg("seed"), py::arg("stream"), py::arg("domain"), py::arg("first"), py::arg("out"));
 }
 
 }  // namespace pyaccel::crossbar

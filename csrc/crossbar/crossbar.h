@@ -56,17 +56,21 @@ struct MatrixGradient {
   int64_t history_bytes = int64_t{64} << 20;  // a thread: ladder states kept; beyond, they are recomputed block by block
 };
 
-// One converter: codes round_half_even(v * inverse), clamped to -top .. top. top = 0: none.
+// One converter: code = round_half_even(v * inverse) clamped to -top .. top, value = code * step. top = 0: none.
+// `step` and `inverse` are tensors of the dtype, one value or (per_column) one an output: ranges may come from data without
+// the host ever waiting for them.
 struct Converter {
   int32_t top = 0;
-  double inverse = 0;                        // 1 / step
-  const void* inverse_per_column = nullptr;  // [outputs] of the dtype, or null (ADC only)
+  bool per_column = false;
+  const void* step = nullptr;
+  const void* inverse = nullptr;
 };
 
-// y[b, c] = step_x * sum over row tiles t of step_c * adc(sum over rows k of t of dac(x)[b, k] * w[k, c] + noise)
-// with one w (or the difference of two), or each of two arrays through its own ADC and subtracted as codes.
-// Partial sums stay in registers. Noise: read_noise times a standard normal draw (domain 5), index
-// (read * batch + b) * outputs + c, where reads count tiles, and arrays within a tile when read apart.
+// y[b, c] = sum over row tiles t of adc(sum over rows k of t of x[b, k] * w[k, c] + noise), with one array w (or the
+// difference of two), or (apart) each of two arrays through its own ADC, subtracted as codes. x has passed its DAC.
+// Partial sums stay in registers, codes are added in the dtype (exactly up to 2^24 in float32).
+// Noise: read_noise times a standard normal draw (domain 5) for index (read * batch + b) * outputs + c; reads count the
+// tiles, and within a tile the arrays when read apart.
 struct Matmul {
   Dtype dtype = Dtype::f32;
   int64_t batch = 0, inputs = 0, outputs = 0, tile = 0;
@@ -74,11 +78,20 @@ struct Matmul {
   const void* positive = nullptr;  // [inputs, outputs]
   const void* negative = nullptr;  // [inputs, outputs] or null
   bool apart = false;
-  Converter dac, adc;
+  Converter adc;
   double read_noise = 0;  // in units of a partial sum
   uint64_t seed = 0;
   uint32_t stream = 0;
   void* y = nullptr;  // [batch, outputs]
+};
+
+// The DAC: out[i] = step * clamp(round_half_even(x[i] * inverse)).
+struct Quantize {
+  Dtype dtype = Dtype::f32;
+  int64_t count = 0;
+  const void* x = nullptr;
+  Converter converter;  // one value
+  void* out = nullptr;
 };
 
 // Standard normal draws for elements first .. first + count - 1 of a counter domain, float32 arithmetic.

@@ -9,6 +9,7 @@ PYACCEL_DECLARE_KERNELS(                             //
     Fault matrix(const Matrix&);                     //
     Fault matrix_gradient(const MatrixGradient&);    //
     void matmul(const Matmul&);                      //
+    void quantize(const Quantize&);                  //
     void normal(const Normal&);)
 
 }  // namespace pyaccel::crossbar

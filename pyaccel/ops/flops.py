@@ -4,7 +4,7 @@ A multiplication, addition, subtraction, comparison and a reset count one each: 
 compare, reset); backward 4 to recompute and 8 to walk back; normalisation adds 2 forward (and 3 for the statistics)
 and 9 backward. The encoder does no floating-point arithmetic worth counting: one product a pixel.
 A crossbar tile M x N, M >= N, takes M N (N + M) / 2 multiply-adds, two operations each; its gradient repeats them and adds
-two products of N x N with N x M a row.
+two products of N x N with N x M a row. The tiled product counts as the GEMM that it is, twice where arrays are read apart.
 """
 
 from __future__ import annotations
@@ -42,3 +42,8 @@ def _crossbar_matrix(conductance, *rest, out_shape=None, **kwargs) -> int:
 @register_flop_formula(torch.ops.pyaccel.crossbar_matrix_backward)
 def _crossbar_matrix_backward(grad, conductance, *rest, out_shape=None, **kwargs) -> int:
     return sum(_ladder(conductance))
+
+
+@register_flop_formula(torch.ops.pyaccel.crossbar_matmul)
+def _crossbar_matmul(x, positive, negative, dac_range, adc_range, key, tile, apart, *rest, out_shape=None, **kwargs) -> int:
+    return 2 * (2 if apart else 1) * math.prod(x) * positive[1]

@@ -1,6 +1,6 @@
 """Plain-torch twins of every kernel, written for reading: same names and arguments as in `pyaccel.ops`."""
 
-from pyaccel.reference.crossbar import crossbar_matmul, crossbar_matrix
+from pyaccel.reference.crossbar import crossbar_matmul, crossbar_matrix, quantize
 from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, surrogate_slope
 from pyaccel.reference.philox import philox, philox_normal
 
@@ -12,5 +12,6 @@ __all__ = [
     "philox",
     "philox_normal",
     "poisson_encode",
+    "quantize",
     "surrogate_slope",
 ]

@@ -4,6 +4,8 @@ product with converters, one row tile after another.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,13 @@ def crossbar_matrix(
 
 
 def quantize(x: Tensor, bits: int, full_scale: Tensor | float) -> Tensor:
-    """A symmetric converter: 2^bits - 1 levels from -full_scale to full_scale, zero among them, clipped, half to even."""
+    """A symmetric converter: 2^bits - 1 levels from -full_scale to full_scale, zero among them, clipped, half to even.
+
+    A full scale of 0 converts everything to 0.
+    """
     top = 2 ** (bits - 1) - 1
-    step = torch.as_tensor(full_scale, dtype=x.dtype, device=x.device) / top
+    full_scale = torch.as_tensor(full_scale, dtype=x.dtype, device=x.device)
+    step = full_scale.clamp_min(torch.finfo(x.dtype).tiny * 2.0**20) / top
     return torch.clamp(torch.round(x * (1 / step)), -top, top) * step
 
 
@@ -65,7 +71,7 @@ def crossbar_matmul(
 ) -> Tensor:
     """Twin of `pyaccel.ops.crossbar_matmul` (values only: gradients here are those of rounding, hence zero)."""
     inputs, outputs = positive.shape
-    flat = x.reshape(-1, inputs)
+    flat = x.reshape(math.prod(x.shape[:-1]), inputs)
     if dac_bits is not None:
         flat = quantize(flat, dac_bits, flat.abs().amax() if dac_range is None else dac_range)
     if negative is None:
