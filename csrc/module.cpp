@@ -14,6 +14,9 @@ void bind(pybind11::module_& m);
 namespace pyaccel::sram {
 void bind(pybind11::module_& m);
 }
+namespace pyaccel::crossbar {
+void bind(pybind11::module_& m);
+}
 
 namespace {
 
@@ -56,4 +59,6 @@ PYBIND11_MODULE(_C, m) {
   pyaccel::neuron::bind(neuron);
   auto sram = m.def_submodule("sram");
   pyaccel::sram::bind(sram);
+  auto crossbar = m.def_submodule("crossbar");
+  pyaccel::crossbar::bind(crossbar);
 }

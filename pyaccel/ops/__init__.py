@@ -1,6 +1,8 @@
 """Differentiable torch operators over the kernels. Functions take and return their state; time comes first."""
 
 from pyaccel.ops.bntt import bntt_lif, bntt_statistics
+from pyaccel.ops.crossbar_matmul import adc_range, crossbar_matmul
+from pyaccel.ops.crossbar_matrix import crossbar_matrix
 from pyaccel.ops.encode import poisson_encode
 from pyaccel.ops.lif import lif
 from pyaccel.ops.packing import pack_spikes, unpack_spikes
@@ -11,8 +13,11 @@ from pyaccel.ops.stdb import stdb_lif
 from pyaccel.ops import flops as _flops  # isort: skip  # noqa: F401  (after the operators that it describes)
 
 __all__ = [
+    "adc_range",
     "bntt_lif",
     "bntt_statistics",
+    "crossbar_matmul",
+    "crossbar_matrix",
     "flip_bits",
     "flip_bits_",
     "lif",

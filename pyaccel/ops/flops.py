@@ -5,6 +5,8 @@ compare, reset); backward 4 to recompute and 8 to walk back; normalisation adds 
 and 9 backward; STDB 4 forward and 4 backward (the exponential counts one). The encoder does no floating-point arithmetic
 worth counting: one product a pixel. Failing memory divides, rounds, clips twice and multiplies; flips themselves are
 integer work and count nothing.
+A crossbar tile M x N, M >= N, takes M N (N + M) / 2 multiply-adds, two operations each; its gradient repeats them and adds
+two products of N x N with N x M a row. The tiled product counts as the GEMM that it is, twice where arrays are read apart.
 """
 
 from __future__ import annotations
@@ -34,3 +36,23 @@ _formula("stdb_lif_backward", 0, 4)
 _formula("poisson_encode", 0, 1)
 _formula("sram_noise", 0, 5)
 _formula("sram_noise_backward", 1, 4)
+
+
+def _ladder(conductance: torch.Size) -> tuple[int, int]:
+    tiles, (short, long) = math.prod(conductance[:-2]), sorted(conductance[-2:])
+    return tiles * long * short * (short + long), tiles * 4 * long * long * short * short
+
+
+@register_flop_formula(torch.ops.pyaccel.crossbar_matrix)
+def _crossbar_matrix(conductance, *rest, out_shape=None, **kwargs) -> int:
+    return _ladder(conductance)[0]
+
+
+@register_flop_formula(torch.ops.pyaccel.crossbar_matrix_backward)
+def _crossbar_matrix_backward(grad, conductance, *rest, out_shape=None, **kwargs) -> int:
+    return sum(_ladder(conductance))
+
+
+@register_flop_formula(torch.ops.pyaccel.crossbar_matmul)
+def _crossbar_matmul(x, positive, negative, dac_range, adc_range, key, tile, apart, *rest, out_shape=None, **kwargs) -> int:
+    return 2 * (2 if apart else 1) * math.prod(x) * positive[1]

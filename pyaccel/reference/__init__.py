@@ -1,7 +1,21 @@
 """Plain-torch twins of every kernel, written for reading: same names and arguments as in `pyaccel.ops`."""
 
+from pyaccel.reference.crossbar import crossbar_matmul, crossbar_matrix, quantize
 from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, stdb_lif, surrogate_slope
-from pyaccel.reference.philox import philox
+from pyaccel.reference.philox import philox, philox_normal
 from pyaccel.reference.sram import flip_bits, sram_noise
 
-__all__ = ["bntt_lif", "flip_bits", "lif", "philox", "poisson_encode", "sram_noise", "stdb_lif", "surrogate_slope"]
+__all__ = [
+    "bntt_lif",
+    "crossbar_matmul",
+    "crossbar_matrix",
+    "flip_bits",
+    "lif",
+    "philox",
+    "philox_normal",
+    "poisson_encode",
+    "quantize",
+    "sram_noise",
+    "stdb_lif",
+    "surrogate_slope",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 MASK = 0xFFFFFFFF
@@ -25,3 +27,19 @@ def philox(seed: int, index_low, index_high, stream, domain) -> torch.Tensor:
         c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
         k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
     return torch.stack([c0, c1, c2, c3], -1)
+
+
+def philox_normal(seed: int, stream: int, domain: int, first: int, count: int) -> torch.Tensor:
+    """Standard normal draws for elements first .. first + count - 1, float64 `[count]`.
+
+    Element i belongs to the counter i // 4. Words (0, 1) of a counter make elements 0 and 1 of its four, words (2, 3)
+    make 2 and 3, by Box and Muller: radius sqrt(-2 ln u) from the first word of the pair, angle 2 pi v from the second,
+    cosine then sine; a word becomes a uniform as ((word >> 9) + 1/2) / 2^23, which float32 holds exactly.
+    """
+    block = torch.arange(first // 4, (first + count + 3) // 4)
+    words = philox(seed, block, block >> 32, stream, domain)
+    uniform = ((words >> 9).to(torch.float64) + 0.5) / 2**23
+    radius = torch.sqrt(-2 * torch.log(uniform[:, 0::2]))
+    angle = 2 * math.pi * uniform[:, 1::2]
+    normal = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1).reshape(-1)
+    return normal[first % 4 : first % 4 + count]

@@ -1,5 +1,13 @@
 """Model in, new model out; the input stays untouched."""
 
+from pyaccel.surgery.crossbars import analog_layers, calibrate_converters, reestimate_batchnorm, to_crossbars
 from pyaccel.surgery.memory import with_noisy_memory, without_noisy_memory
 
-__all__ = ["with_noisy_memory", "without_noisy_memory"]
+__all__ = [
+    "analog_layers",
+    "calibrate_converters",
+    "reestimate_batchnorm",
+    "to_crossbars",
+    "with_noisy_memory",
+    "without_noisy_memory",
+]
