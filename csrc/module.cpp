@@ -10,6 +10,9 @@
 namespace pyaccel::neuron {
 void bind(pybind11::module_& m);
 }
+namespace pyaccel::qmac {
+void bind(pybind11::module_& m);
+}
 
 namespace {
 
@@ -48,4 +51,6 @@ PYBIND11_MODULE(_C, m) {
         "What reaches a kernel: dtype, shape, strides and device as DLPack gives them.");
   auto neuron = m.def_submodule("neuron");
   pyaccel::neuron::bind(neuron);
+  auto qmac = m.def_submodule("qmac");
+  pyaccel::qmac::bind(qmac);
 }

@@ -2,5 +2,25 @@
 
 from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, surrogate_slope
 from pyaccel.reference.philox import philox
+from pyaccel.reference.qmac import (
+    dequantize_sums,
+    pack_codes,
+    quantize_codes,
+    quantized_conv2d,
+    quantized_linear,
+    unpack_codes,
+)
 
-__all__ = ["bntt_lif", "lif", "philox", "poisson_encode", "surrogate_slope"]
+__all__ = [
+    "bntt_lif",
+    "dequantize_sums",
+    "lif",
+    "pack_codes",
+    "philox",
+    "poisson_encode",
+    "quantize_codes",
+    "quantized_conv2d",
+    "quantized_linear",
+    "surrogate_slope",
+    "unpack_codes",
+]
