@@ -62,11 +62,16 @@ inline void layout_row(const Product& p, bool is_signed, int bits, const uint32_
   if (count < steps * p.codes) memset(bytes + count, 0, static_cast<size_t>(steps * p.codes - count));
   if (is_signed)
     for (int64_t j = 0; j < steps * p.codes; j += 8) store_any(bytes + j, load_any<uint64_t>(bytes + j) ^ 0x8080808080808080ull);
-  if (p.layout == Layout::pairs)
-    for (int64_t j = 0; j < steps * 2; ++j) {
+  if (p.layout == Layout::pairs) {
+    typedef uint8_t Codes __attribute__((vector_size(8)));
+    typedef uint16_t Wide __attribute__((vector_size(16)));
+    int64_t j = 0;
+    for (; j + 8 <= steps * 2; j += 8) store_any(to + 2 * j, __builtin_convertvector(load_any<Codes>(bytes + j), Wide));
+    for (; j < steps * 2; ++j) {
       const uint16_t code = bytes[j];
       memcpy(to + 2 * j, &code, 2);
     }
+  }
 }
 
 // ---- results

@@ -118,11 +118,14 @@ void digits_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t
     const int64_t last = std::min(steps, first + depth);
     Bytes sum[R][C] = {};
     for (int64_t s = first; s < last; ++s) {
+      Bytes lane[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) lane[c] = load_any<Bytes>(panel + (s * C + c) * kBytes);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
         const Bytes table = load_any<Bytes>(tables.entry[r[i * stride + s]]);
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) sum[i][c] += look_up(table, load_any<Bytes>(panel + (s * C + c) * kBytes));
+        for (int c = 0; c < C; ++c) sum[i][c] += look_up(table, lane[c]);
       }
     }
 #pragma GCC unroll 8
@@ -176,7 +179,7 @@ Product product_of(Layout layout, int max_rows, int vectors, int lane_bytes, int
 
 constexpr int kPairRows = 6, kPairVectors = kBytes == 64 ? 4 : 2;
 constexpr int kQuadRows = kBytes == 64 ? 4 : 3, kQuadVectors = kBytes == 64 ? 3 : 2;
-constexpr int kDigitRows = kBytes == 64 ? 4 : 2, kDigitVectors = 4;
+constexpr int kDigitRows = kBytes == 64 ? 4 : 3, kDigitVectors = kBytes == 64 ? 4 : 3;
 
 #ifdef PYACCEL_HAS_BYTE_PRODUCTS
 template <bool lanes_signed, int R>

@@ -1,13 +1,16 @@
 """`torch._int_mm` for 8x8-bit products, behind a known answer.
 
 The library runs at the rate of the unit where it has VNNI or tensor cores. On a CPU without VNNI, or capped below it by
-an environment variable, it saturates at 16 bits and returns wrong integers for full-range int8, without a word. So the
-first use on a device multiplies matrices that would show it, and one warning says what was found.
+an environment variable, it either saturates at 16 bits and returns wrong integers for full-range int8, without a word,
+or falls back to a plain loop (AMD processors without AVX-512: exact, and thirty times slower than the kernel here). So
+the first use on a device multiplies matrices that would show it; one warning says so where the library is wrong. Which
+of two exact kernels runs never changes a result.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 
 import torch
@@ -41,6 +44,30 @@ def library_is_exact(device: torch.device) -> bool:
             stacklevel=2,
         )
     return not reason
+
+
+@functools.cache
+def library_serves(device: torch.device) -> bool:
+    """Whether 8x8-bit products go through the library on `device`: exact, and on a CPU no slower than the kernel here."""
+    if not library_is_exact(device):
+        return False
+    if device.type != "cpu":
+        return True
+    size, length = 128, 512
+    words = torch.arange(size * length // 4, dtype=torch.int32).reshape(size, -1)
+    p, q = words.new_empty((size, size)), words.new_empty(size)
+
+    def seconds(product) -> float:
+        """The shorter of two runs."""
+        found = []
+        for _ in range(2):
+            start = time.perf_counter()
+            product()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    ours = seconds(lambda: extension._C.qmac.linear(words, words, 8, 8, length, p, q))
+    return seconds(lambda: library_product(words, words, length)) <= ours
 
 
 def library_product(activation_words: Tensor, weight_words: Tensor, length: int) -> tuple[Tensor, Tensor] | None:

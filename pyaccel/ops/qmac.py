@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyaccel import extension, reference
 from pyaccel.ops import checks
-from pyaccel.ops.int_mm import SMALL_BATCH, library_is_exact, library_product
+from pyaccel.ops.int_mm import SMALL_BATCH, library_product, library_serves
 from pyaccel.ops.library import register
 from pyaccel.reference.qmac import BITS, code_dtype, sum_dtype, words_of
 
@@ -50,8 +50,8 @@ def quantized_linear(
 ) -> tuple[Tensor, Tensor]:
     """P = activations @ weights^T and Q = the sum of each row of activations, exact, from packed codes.
 
-    8x8-bit products of more than 8 rows go through `torch._int_mm` where a known-answer product at first use shows it to
-    be exact; where not (it saturates on CPUs without VNNI), one warning says so and the kernel here runs.
+    8x8-bit products of more than 8 rows go through `torch._int_mm` where a known product at first use shows that it is
+    exact and fast (`ops.int_mm`); where it is wrong (it saturates on CPUs without VNNI), one warning says so.
 
     Args:
         activation_words: int32 `[B, ceil(length * activation_bits / 32)]`, see `pack_codes`.
@@ -230,7 +230,7 @@ def _linear_kernel(activation_words, weight_words, activation_bits, weight_bits,
     p, q = _linear_output(activation_words, weight_words, activation_bits, weight_bits, length)
     a, w = activation_words.contiguous(), weight_words.contiguous()
     eight = activation_bits == weight_bits == 8 and p.dtype == torch.int32 and a.shape[0] > SMALL_BATCH and p.numel() and length
-    if eight and library_is_exact(a.device):
+    if eight and library_serves(a.device):
         found = library_product(a, w, length)
         if found is not None:
             return found
