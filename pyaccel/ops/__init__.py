@@ -12,17 +12,23 @@ from pyaccel.ops.qmac import (
     quantized_linear,
     unpack_codes,
 )
+from pyaccel.ops.quantizers import fake_quantize, quantize_affine, quantize_range, quantize_symmetric, weight_grid
 
 from pyaccel.ops import flops as _flops  # noqa: E402,F401  (after the operators that it describes)
 
 __all__ = [
     "bntt_lif",
     "dequantize_sums",
+    "fake_quantize",
     "lif",
     "pack_codes",
     "poisson_encode",
+    "quantize_affine",
     "quantize_codes",
+    "quantize_range",
+    "quantize_symmetric",
     "quantized_conv2d",
     "quantized_linear",
     "unpack_codes",
+    "weight_grid",
 ]
