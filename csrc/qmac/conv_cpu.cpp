@@ -99,41 +99,90 @@ struct Segment {
   int64_t column, count, source;  // columns of the block; where their first pixel's patch starts in `planes`
 };
 
-// Panels of a block: for each step, codes k .. of every column, in the product's layout.
-void patch_panels(const Product& p, const Geometry& g, int bits, const uint8_t* planes, const std::vector<int64_t>& offsets,
-                  const std::vector<Segment>& segments, int64_t columns, int64_t first_step, int64_t steps, uint8_t* panels) {
-  const int64_t tiles = ceil_div(columns, p.lanes), panel_bytes = steps * p.step_bytes, lane_bytes = p.step_bytes / p.lanes;
+// Eight pixels of one step: where their codes start in the planes, where they go in a panel (or in `line`).
+struct Chunk {
+  int64_t source, to;
+};
+
+// One step of every chunk, `codes` codes at the given offsets; a full step of unit stride is the case that counts.
+template <Layout layout, int codes, int bits>
+PYACCEL_INLINE void fill_step(const std::vector<Chunk>& chunks, const uint8_t* planes, const int64_t* offset, uint8_t* to) {
+  for (const Chunk& chunk : chunks) {
+    const uint8_t* source = planes + chunk.source;
+    if constexpr (layout == Layout::quads) {
+      const Sixteen low = alternate_bytes(load_eight(source + offset[0]), load_eight(source + offset[1]));
+      const Sixteen high = alternate_bytes(load_eight(source + offset[2]), load_eight(source + offset[3]));
+      store_alternate_halves(to + chunk.to, low, high);
+    } else if constexpr (layout == Layout::pairs) {
+      const Sixteen zero{};
+      store_alternate_halves(to + chunk.to, alternate_bytes(load_eight(source + offset[0]), zero),
+                             alternate_bytes(load_eight(source + offset[1]), zero));
+    } else {
+      uint64_t digit = 0;
+#pragma GCC unroll 8
+      for (int j = 0; j < codes; ++j) digit |= load_any<uint64_t>(source + offset[j]) << (j * bits);
+      store_any(to + chunk.to, digit);
+    }
+  }
+}
+
+// Any stride, any number of codes: the last step, and strided convolutions.
+void fill_any(const Product& p, int bits, const std::vector<Chunk>& chunks, const uint8_t* planes, const int64_t* offset, int count,
+              int64_t stride, uint8_t* to) {
   const int shift = p.layout == Layout::digits ? bits : p.layout == Layout::pairs ? 16 : 8;
+  for (const Chunk& chunk : chunks) {
+    const uint8_t* source = planes + chunk.source;
+    if (p.layout == Layout::digits) {
+      uint64_t digit = 0;
+      for (int j = 0; j < count; ++j) digit |= eight_pixels(source + offset[j], stride) << (j * shift);
+      store_any(to + chunk.to, digit);
+    } else {
+      Eight word{};
+      for (int j = 0; j < count; ++j)
+        word |= __builtin_convertvector(__builtin_bit_cast(EightBytes, eight_pixels(source + offset[j], stride)), Eight) << (j * shift);
+      store_any(to + chunk.to, word);
+    }
+  }
+}
+
+// Panels of a block: for each step, its codes of every column, in the product's layout. Lanes beyond the last column hold
+// whatever was there: nothing is stored from them. Chunks of eight columns go straight to their place where they start
+// at a multiple of eight; else, and for digits, through a line that is then cut up (a chunk may spill over its segment:
+// the next one, or nobody, owns those columns).
+void patch_panels(const Product& p, const Geometry& g, int bits, const uint8_t* planes, const std::vector<int64_t>& offsets,
+                  const std::vector<Segment>& segments, int64_t columns, int64_t first_step, int64_t steps, uint8_t* panels,
+                  std::vector<Chunk>& chunks) {
+  const int64_t tiles = ceil_div(columns, p.lanes), panel_bytes = steps * p.step_bytes, lane_bytes = p.step_bytes / p.lanes;
+  const bool unit = g.stride[1] == 1;
+  bool direct = p.layout != Layout::digits;
+  for (const Segment& segment : segments) direct = direct && segment.column % 8 == 0;
+  chunks.clear();
+  for (const Segment& segment : segments)
+    for (int64_t i = 0; i < segment.count; i += 8) {
+      const int64_t column = segment.column + i;
+      const int64_t to = direct ? column / p.lanes * panel_bytes + column % p.lanes * lane_bytes : column * lane_bytes;
+      chunks.push_back({segment.source + i * g.stride[1], to});
+    }
   alignas(64) uint8_t line[4 * (kTilesPerBlock * kMaxLanes + 16)];
-  memset(line + columns * lane_bytes, 0, static_cast<size_t>((tiles * p.lanes - columns) * lane_bytes));
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t first = (first_step + s) * p.codes;
     const int count = static_cast<int>(std::clamp<int64_t>(g.length - first, 0, p.codes));
     const int64_t* offset = offsets.data() + first;
-    for (const Segment& segment : segments) {
-      const uint8_t* source = planes + segment.source;
-      for (int64_t i = 0; i < segment.count; i += 8, source += 8 * g.stride[1]) {
-        if (lane_bytes == 1) {
-          uint64_t digit = 0;
-          for (int j = 0; j < count; ++j) digit |= eight_pixels(source + offset[j], g.stride[1]) << (j * shift);
-          memcpy(line + segment.column + i, &digit, 8);
-        } else {
-          Eight word{};
-          for (int j = 0; j < count; ++j)
-            word |= __builtin_convertvector(__builtin_bit_cast(EightBytes, eight_pixels(source + offset[j], g.stride[1])), Eight)
-                    << (j * shift);
-          store_any(line + 4 * (segment.column + i), word);
-        }
-      }
-    }
-    if (columns < tiles * p.lanes)  // the last segment may have spilt over
-      memset(line + columns * lane_bytes, 0, static_cast<size_t>(std::min<int64_t>(8, tiles * p.lanes - columns) * lane_bytes));
+    uint8_t* to = direct ? panels + s * p.step_bytes : line;
+    if (!unit || count < p.codes) fill_any(p, bits, chunks, planes, offset, count, g.stride[1], to);
+    else if (p.layout == Layout::quads) fill_step<Layout::quads, 4, 8>(chunks, planes, offset, to);
+    else if (p.layout == Layout::pairs) fill_step<Layout::pairs, 2, 8>(chunks, planes, offset, to);
+    else if (bits == 1 && p.codes == 4) fill_step<Layout::digits, 4, 1>(chunks, planes, offset, to);
+    else if (bits == 2 && p.codes == 2) fill_step<Layout::digits, 2, 2>(chunks, planes, offset, to);
+    else if (bits == 1) fill_step<Layout::digits, 6, 1>(chunks, planes, offset, to);
+    else fill_step<Layout::digits, 3, 2>(chunks, planes, offset, to);
+    if (direct) continue;
     for (int64_t t = 0; t < tiles; ++t) {
-      uint8_t* to = panels + t * panel_bytes + s * p.step_bytes;
+      uint8_t* panel = panels + t * panel_bytes + s * p.step_bytes;
       for (int64_t at = 0; at < p.step_bytes; at += kBytes) {
         const uint8_t* from = line + t * p.step_bytes + at;
-        if (lane_bytes == 1) interleave_halves(from, to + at);
-        else store_any(to + at, load_any<Bytes>(from));
+        if (p.layout == Layout::digits) interleave_halves(from, panel + at);
+        else store_any(panel + at, load_any<Bytes>(from));
       }
     }
   }
@@ -242,6 +291,7 @@ void convolution(Conv& f) {
     auto* panels = static_cast<uint8_t*>(scratch(2, static_cast<size_t>(per_block * steps_block * p.step_bytes)));
     std::vector<Segment> segments;
     std::vector<Run> runs;
+    std::vector<Chunk> chunks;
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t group = piece / (blocks * parts), block = piece / parts % blocks, part = piece % parts;
       const int64_t first_pixel = block * per_block * p.lanes, columns = std::min(per_block * p.lanes, pixels - first_pixel);
@@ -254,7 +304,8 @@ void convolution(Conv& f) {
       for (int64_t first = 0; first < steps_all; first += steps_block) {
         const int64_t steps = std::min(steps_block, steps_all - first);
         for (int a = 0; a < activation_limbs; ++a) {
-          patch_panels(p, g, limb_bits(f.activation_bits), planes + a * limb_bytes, offsets, segments, columns, first, steps, panels);
+          patch_panels(p, g, limb_bits(f.activation_bits), planes + a * limb_bytes, offsets, segments, columns, first, steps, panels,
+                       chunks);
           for (int w = 0; w < weight_limbs; ++w) {
             const uint8_t* r = rows + (w * f.outputs + group * group_outputs) * stride + first * row_step_bytes(p);
             multiply_block(p, r, stride, first_row, last_row, panels, ceil_div(columns, p.lanes), steps, target, 8 * (w + a), accumulate);

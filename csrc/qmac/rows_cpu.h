@@ -122,19 +122,28 @@ PYACCEL_INLINE void transpose8(uint64_t (&x)[8]) {
   }
 }
 
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
+typedef uint64_t TwoWords __attribute__((vector_size(16)));
+typedef uint16_t EightHalves __attribute__((vector_size(16)));
+
+// Eight bytes in the low half of a 16-byte vector; their bytes, or 16-bit halves, alternating with those of another.
+PYACCEL_INLINE Sixteen load_eight(const uint8_t* p) {
+  return __builtin_bit_cast(Sixteen, TwoWords{load_any<uint64_t>(p), 0});
+}
+PYACCEL_INLINE Sixteen alternate_bytes(Sixteen a, Sixteen b) {
+  return __builtin_shuffle(a, b, Sixteen{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+}
+PYACCEL_INLINE void store_alternate_halves(uint8_t* to, Sixteen a, Sixteen b) {
+  const EightHalves x = __builtin_bit_cast(EightHalves, a), y = __builtin_bit_cast(EightHalves, b);
+  store_any(to, __builtin_shuffle(x, y, EightHalves{0, 8, 1, 9, 2, 10, 3, 11}));
+  store_any(to + 16, __builtin_shuffle(x, y, EightHalves{4, 12, 5, 13, 6, 14, 7, 15}));
+}
+
 // One vector of bytes, so that its first half lands on the even positions and its second half on the odd ones.
 PYACCEL_INLINE void interleave_halves(const uint8_t* from, uint8_t* to) {
-  for (int i = 0; i < kBytes / 2; i += 4) {
-    uint32_t low, high;
-    memcpy(&low, from + i, 4);
-    memcpy(&high, from + kBytes / 2 + i, 4);
-    const auto widen = [](uint64_t x) PYACCEL_LAMBDA_INLINE {
-      x = (x | x << 16) & 0x0000ffff0000ffffull;
-      return (x | x << 8) & 0x00ff00ff00ff00ffull;
-    };
-    const uint64_t both = widen(low) | widen(high) << 8;
-    memcpy(to + 2 * i, &both, 8);
-  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kBytes / 2; i += 8)
+    store_any(to + 2 * i, alternate_bytes(load_eight(from + i), load_eight(from + kBytes / 2 + i)));
 }
 
 }  // namespace pyaccel::qmac::PYACCEL_ISA
