@@ -59,68 +59,107 @@ PYACCEL_INLINE Bytes part_of(Bytes w, int m) {
   return __builtin_bit_cast(Bytes, shifted) & static_cast<uint8_t>((1 << bits) - 1);
 }
 
-// One row of weights, `vectors` vectors long, with A activation rows. planes: [vectors][parts][A][vector].
+// Lanes are unsigned. The sum of all: where it fits 32 bits, in any order modulo 2^32; else lane by lane.
+PYACCEL_INLINE int64_t sum_narrow(Ints v) {
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  Four parts[kInts / 4], sum{};
+  memcpy(parts, &v, sizeof v);
+  for (const Four& part : parts) sum += part;
+  sum += __builtin_shuffle(sum, Four{2, 3, 0, 1});
+  sum += __builtin_shuffle(sum, Four{1, 0, 3, 2});
+  return sum[0];
+}
+PYACCEL_INLINE int64_t sum_wide(Ints v) {
+  int64_t total = 0;
+  for (int i = 0; i < kInts; ++i) total += static_cast<uint32_t>(v[i]);
+  return total;
+}
+
+// R rows of weights, `vectors` vectors long, with A activation rows. planes: [vectors][parts][A][vector].
 // sign: which side is below 128 (weights 1, activations 2), or 0: neither, then 16-bit products.
-template <int bits, int A, int sign>
+template <int bits, int A, int R, int sign>
 PYACCEL_INLINE void row_sums(const uint8_t* weights, int64_t row_bytes, int64_t vectors, const uint8_t* planes, int64_t depth,
-                             int64_t (&total)[kTogether]) {
+                             bool wide, int64_t (&total)[R][A]) {
   constexpr int parts = 8 / bits;
-  Ints sum[A] = {};
+  Ints sum[R][A] = {};
   const Shorts ones = Shorts{} + int16_t{1};
-  const auto step = [&](Bytes w, int64_t v, Shorts(&narrow)[A]) PYACCEL_LAMBDA_INLINE {
+  const auto step = [&](const Bytes(&w)[R], int64_t v, Shorts(&narrow)[R][A]) PYACCEL_LAMBDA_INLINE {
 #pragma GCC unroll 8
     for (int m = 0; m < parts; ++m) {
-      const Bytes part = part_of<bits>(w, m);
+      Bytes part[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) part[r] = part_of<bits>(w[r], m);
 #pragma GCC unroll 4
       for (int a = 0; a < A; ++a) {
         const Bytes x = load_any<Bytes>(planes + ((v * parts + m) * A + a) * kBytes);
-        if constexpr (sign == 1) narrow[a] += multiply_bytes(x, part);
-        else if constexpr (sign == 2) narrow[a] += multiply_bytes(part, x);
-        else sum[a] += multiply_pairs(widen_low(x), widen_low(part)) + multiply_pairs(widen_high(x), widen_high(part));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          if constexpr (sign == 1) narrow[r][a] += multiply_bytes(x, part[r]);
+          else if constexpr (sign == 2) narrow[r][a] += multiply_bytes(part[r], x);
+          else
+            sum[r][a] += multiply_pairs(widen_low(x), widen_low(part[r])) + multiply_pairs(widen_high(x), widen_high(part[r]));
+        }
       }
     }
   };
   const int64_t whole = row_bytes / kBytes;
   for (int64_t first = 0; first < vectors; first += depth) {
-    Shorts narrow[A] = {};
-    for (int64_t v = first; v < std::min(whole, first + depth); ++v) step(load_any<Bytes>(weights + v * kBytes), v, narrow);
-    if (first + depth > whole && whole < vectors) {  // the last, partial vector: nothing is read beyond the row
-      uint8_t last[kBytes] = {};
-      memcpy(last, weights + whole * kBytes, static_cast<size_t>(row_bytes - whole * kBytes));
-      if (whole >= first) step(load_any<Bytes>(last), whole, narrow);
+    Shorts narrow[R][A] = {};
+    for (int64_t v = first; v < std::min(whole, first + depth); ++v) {
+      Bytes w[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) w[r] = load_any<Bytes>(weights + r * row_bytes + v * kBytes);
+      step(w, v, narrow);
+    }
+    if (first + depth > whole && first <= whole && whole < vectors) {  // the last, partial vector: nothing is read beyond the row
+      Bytes w[R] = {};
+      for (int r = 0; r < R; ++r) memcpy(&w[r], weights + r * row_bytes + whole * kBytes, static_cast<size_t>(row_bytes - whole * kBytes));
+      step(w, whole, narrow);
     }
     if constexpr (sign != 0)
 #pragma GCC unroll 4
-      for (int a = 0; a < A; ++a) sum[a] += multiply_pairs(narrow[a], ones);
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int a = 0; a < A; ++a) sum[r][a] += multiply_pairs(narrow[r][a], ones);
   }
-  for (int a = 0; a < A; ++a) {
-    total[a] = 0;
-    for (int i = 0; i < kInts; ++i) total[a] += static_cast<uint32_t>(sum[a][i]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int a = 0; a < A; ++a) total[r][a] = wide ? sum_wide(sum[r][a]) : sum_narrow(sum[r][a]);
 }
 
-template <int bits, int A, int sign>
-void some_rows(const Linear& f, int64_t first_batch, const uint8_t* planes, int64_t vectors, int64_t depth, int64_t begin, int64_t end) {
+template <int bits, int A, int R, int sign>
+int64_t some_rows(const Linear& f, int64_t first_batch, const uint8_t* planes, int64_t vectors, int64_t depth, int64_t begin, int64_t end) {
   const int64_t words = words_of(f.length, f.weight_bits);
-  for (int64_t o = begin; o < end; ++o) {
-    int64_t total[kTogether];
-    row_sums<bits, A, sign>(reinterpret_cast<const uint8_t*>(f.weights + o * words), 4 * words, vectors, planes, depth, total);
-    for (int a = 0; a < A; ++a) {
-      const int64_t at = (first_batch + a) * f.outputs + o;
-      if (f.sum_bytes == 4) static_cast<int32_t*>(f.p)[at] = static_cast<int32_t>(total[a]);
-      else static_cast<int64_t*>(f.p)[at] = total[a];
-    }
+  int64_t o = begin;
+  for (; o + R <= end; o += R) {
+    int64_t total[R][A];
+    row_sums<bits, A, R, sign>(reinterpret_cast<const uint8_t*>(f.weights + o * words), 4 * words, vectors, planes, depth,
+                               f.sum_bytes == 8, total);
+    for (int r = 0; r < R; ++r)
+      for (int a = 0; a < A; ++a) {
+        const int64_t at = (first_batch + a) * f.outputs + o + r;
+        if (f.sum_bytes == 4) static_cast<int32_t*>(f.p)[at] = static_cast<int32_t>(total[r][a]);
+        else static_cast<int64_t*>(f.p)[at] = total[r][a];
+      }
   }
+  return o;
+}
+
+// Several rows of weights at a time: that many streams from memory, and activations loaded once for all of them.
+template <int bits, int A, int sign>
+void all_rows(const Linear& f, int64_t first_batch, const uint8_t* planes, int64_t vectors, int64_t depth, int64_t begin, int64_t end) {
+  constexpr int R = A == 1 ? 4 : 2;
+  const int64_t rest = some_rows<bits, A, R, sign>(f, first_batch, planes, vectors, depth, begin, end);
+  some_rows<bits, A, 1, sign>(f, first_batch, planes, vectors, depth, rest, end);
 }
 
 template <int bits, int sign>
 void some_rows(const Linear& f, int64_t first_batch, int together, const uint8_t* planes, int64_t vectors, int64_t depth,
                int64_t begin, int64_t end) {
   switch (together) {
-    case 1: return some_rows<bits, 1, sign>(f, first_batch, planes, vectors, depth, begin, end);
-    case 2: return some_rows<bits, 2, sign>(f, first_batch, planes, vectors, depth, begin, end);
-    case 3: return some_rows<bits, 3, sign>(f, first_batch, planes, vectors, depth, begin, end);
-    default: return some_rows<bits, 4, sign>(f, first_batch, planes, vectors, depth, begin, end);
+    case 1: return all_rows<bits, 1, sign>(f, first_batch, planes, vectors, depth, begin, end);
+    case 2: return all_rows<bits, 2, sign>(f, first_batch, planes, vectors, depth, begin, end);
+    case 3: return all_rows<bits, 3, sign>(f, first_batch, planes, vectors, depth, begin, end);
+    default: return all_rows<bits, 4, sign>(f, first_batch, planes, vectors, depth, begin, end);
   }
 }
 

@@ -177,7 +177,7 @@ Product product_of(Layout layout, int max_rows, int vectors, int lane_bytes, int
   return p;
 }
 
-constexpr int kPairRows = 6, kPairVectors = kBytes == 64 ? 4 : 2;
+constexpr int kPairRows = kBytes == 64 ? 6 : 4, kPairVectors = kBytes == 64 ? 4 : 3;
 constexpr int kQuadRows = kBytes == 64 ? 4 : 3, kQuadVectors = kBytes == 64 ? 3 : 2;
 constexpr int kDigitRows = kBytes == 64 ? 4 : 3, kDigitVectors = kBytes == 64 ? 4 : 3;
 

@@ -298,18 +298,26 @@ def _dequantize_kernel(p, q, bias, p_scale, q_scale):
     return y
 
 
-_pack = register("pack_codes(Tensor codes, int bits) -> Tensor", kernel=_pack_kernel, fake=_pack_output, fallback=_pack_fallback)
+_pack = register(
+    "pack_codes(Tensor codes, int bits) -> Tensor",
+    kernel=_pack_kernel,
+    fake=_pack_output,
+    fallback=_pack_fallback,
+    differentiable=False,
+)
 _unpack = register(
     "unpack_codes(Tensor words, int bits, int length) -> Tensor",
     kernel=_unpack_kernel,
     fake=_unpack_output,
     fallback=lambda words, bits, length: reference.unpack_codes(words, bits, length),
+    differentiable=False,
 )
 _linear = register(
     "quantized_linear(Tensor activation_words, Tensor weight_words, int activation_bits, int weight_bits, int length) -> (Tensor, Tensor)",
     kernel=_linear_kernel,
     fake=_linear_output,
     fallback=_linear_fallback,
+    differentiable=False,
 )
 _conv2d = register(
     "quantized_conv2d(Tensor activation_codes, Tensor weight_words, int activation_bits, int weight_bits, int[] kernel_size, "
@@ -317,16 +325,19 @@ _conv2d = register(
     kernel=_conv2d_kernel,
     fake=_conv2d_output,
     fallback=_conv2d_fallback,
+    differentiable=False,
 )
 _quantize = register(
     "quantize_codes(Tensor x, float scale, int bits) -> Tensor",
     kernel=_quantize_kernel,
     fake=lambda x, scale, bits: _quantize_output(x, bits),
     fallback=lambda x, scale, bits: reference.quantize_codes(x, scale, bits),
+    differentiable=False,
 )
 _dequantize = register(
     "dequantize_sums(Tensor p, Tensor q, Tensor? bias, float p_scale, float q_scale) -> Tensor",
     kernel=_dequantize_kernel,
     fake=lambda p, q, bias, p_scale, q_scale: _dequantize_output(p),
     fallback=lambda p, q, bias, p_scale, q_scale: reference.dequantize_sums(p, q, p_scale=p_scale, q_scale=q_scale, bias=bias),
+    differentiable=False,
 )
