@@ -17,6 +17,9 @@ void bind(pybind11::module_& m);
 namespace pyaccel::crossbar {
 void bind(pybind11::module_& m);
 }
+namespace pyaccel::qmac {
+void bind(pybind11::module_& m);
+}
 
 namespace {
 
@@ -61,4 +64,6 @@ PYBIND11_MODULE(_C, m) {
   pyaccel::sram::bind(sram);
   auto crossbar = m.def_submodule("crossbar");
   pyaccel::crossbar::bind(crossbar);
+  auto qmac = m.def_submodule("qmac");
+  pyaccel::qmac::bind(qmac);
 }

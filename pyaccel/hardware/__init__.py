@@ -1,6 +1,18 @@
 """Numbers of real devices: dataclasses that name symbol, unit and source of every constant."""
 
 from pyaccel.hardware.crossbar import CrossbarConfig
+from pyaccel.hardware.mac import LayerCost, MacEnergy, compression, efficiency, layer_costs
 from pyaccel.hardware.sram import CURVES, SramConfig, VoltageCurve, measured_magnitude
 
-__all__ = ["CURVES", "CrossbarConfig", "SramConfig", "VoltageCurve", "measured_magnitude"]
+__all__ = [
+    "CURVES",
+    "CrossbarConfig",
+    "LayerCost",
+    "MacEnergy",
+    "SramConfig",
+    "VoltageCurve",
+    "compression",
+    "efficiency",
+    "layer_costs",
+    "measured_magnitude",
+]

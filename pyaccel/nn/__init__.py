@@ -3,6 +3,7 @@
 from pyaccel.nn.analog import AnalogConv2d, AnalogLinear
 from pyaccel.nn.memory import NoisyMemory, StoredOutput, without_failures
 from pyaccel.nn.neuron import BNTTLIF, IF, LIF, STDBLIF, PoissonEncoder
+from pyaccel.nn.quant import QuantConv2d, QuantLinear, load_packed_state, packed_state
 from pyaccel.nn.spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from pyaccel.nn.time import every_step
 
@@ -14,11 +15,15 @@ __all__ = [
     "LIF",
     "NoisyMemory",
     "PoissonEncoder",
+    "QuantConv2d",
+    "QuantLinear",
     "STDBLIF",
     "SpikeAvgPool2d",
     "SpikeConv2d",
     "SpikeLinear",
     "StoredOutput",
     "every_step",
+    "load_packed_state",
+    "packed_state",
     "without_failures",
 ]

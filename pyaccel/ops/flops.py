@@ -56,3 +56,24 @@ def _crossbar_matrix_backward(grad, conductance, *rest, out_shape=None, **kwargs
 @register_flop_formula(torch.ops.pyaccel.crossbar_matmul)
 def _crossbar_matmul(x, positive, negative, dac_range, adc_range, key, tile, apart, *rest, out_shape=None, **kwargs) -> int:
     return 2 * (2 if apart else 1) * math.prod(x) * positive[1]
+
+
+# Integer products count as torch counts float ones: 2 a multiply-accumulate. Moving codes is no arithmetic.
+@register_flop_formula(torch.ops.pyaccel.quantized_linear)
+def _linear_flops(activations, weights, activation_bits, weight_bits, length, out_shape=None, **kwargs) -> int:
+    return 2 * activations[0] * weights[0] * length
+
+
+@register_flop_formula(torch.ops.pyaccel.quantized_conv2d)
+def _conv2d_flops(codes, weights, activation_bits, weight_bits, kernel, stride, padding, dilation, groups, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(out_shape[0]) * (codes[1] // groups) * math.prod(kernel)
+
+
+@register_flop_formula(torch.ops.pyaccel.dequantize_sums)
+def _dequantize_flops(p, *shapes, out_shape=None, **kwargs) -> int:
+    return 4 * math.prod(p)
+
+
+_formula("quantize_codes", 0, 4)
+_formula("pack_codes", 0, 0)
+_formula("unpack_codes", 0, 0)

@@ -24,12 +24,14 @@ def register(
     fallback: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    differentiable: bool = True,
 ) -> Callable:
     """Define `pyaccel::<schema>` and return its default overload.
 
     `kernel` runs on the devices that the compiled module has kernels for; on any other device `fallback` (plain torch)
     runs, after one warning that says why. `backward=None`: the operator is itself a gradient (or its output is bits),
-    and differentiating it is refused. An operator that writes to an argument (`Tensor(a!)`) has no autograd at all.
+    and differentiating it is refused. `differentiable=False`: of integers, without a gradient; a call costs less. An
+    operator that writes to an argument (`Tensor(a!)`) has no autograd at all.
     """
     name = schema.split("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,10 +41,11 @@ def register(
             library.impl(name, kernel, "CUDA")
     library.impl(name, _warned(name, fallback), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyaccel::{name}", fake, lib=library)
-    if "!" not in schema:
-        if backward is None:
-            setup_context, backward = None, _refuse_double_backward(name)
-        torch.library.register_autograd(f"pyaccel::{name}", backward, setup_context=setup_context, lib=library)
+    if not differentiable or "!" in schema:
+        return getattr(torch.ops.pyaccel, name).default
+    if backward is None:
+        setup_context, backward = None, _refuse_double_backward(name)
+    torch.library.register_autograd(f"pyaccel::{name}", backward, setup_context=setup_context, lib=library)
     return getattr(torch.ops.pyaccel, name).default
 
 
