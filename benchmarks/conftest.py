@@ -13,6 +13,7 @@ import torch
 
 from pyaccel import extension
 
+sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks import timing.py from here
 TABLES: dict[str, list[dict]] = {}
 
 
