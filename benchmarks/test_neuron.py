@@ -16,6 +16,7 @@ import time
 
 import pytest
 import torch
+from peers import peers
 from timing import Time, compiled, measure
 
 import pyaccel
@@ -103,8 +104,11 @@ def test_lif(shape, dtype, device, quick, table, benchmark):
         fast(current).backward(gradient)
         seconds += time.perf_counter() - start
         jobs |= {"compile forward": quiet(fast, current), "compile training": trainer(fast, current, gradient=gradient)}
+    others = peers(NEURON["leak"]) if dtype == torch.float32 and device.type == "cpu" else {}
+    for name, function in others.items():
+        jobs |= {f"{name} forward": quiet(function, current), f"{name} training": trainer(function, current, gradient=gradient)}
     t = measure(jobs, 2 if quick else 9, device)
-    for what in ("kernel", "loop", "compile"):
+    for what in ("kernel", "loop", "compile", *others):
         if f"{what} forward" in t:
             more = {"compile s": seconds} if what == "compile" else {}
             table.append(row(shape, dtype, t[f"{what} forward"], t[f"{what} training"], t["copy"], t["add"], what, **more))
