@@ -358,8 +358,7 @@ void unpack(const Tensor& packed, const Tensor& spikes, int planes) {
   PYACCEL_RUN(unpack, f)
 }
 
-void encode(const Tensor& image, const Tensor& sample_ids, int64_t seed, int64_t stream_id, int64_t first_step, double gain,
-            const Tensor& spikes) {
+void encode(const Tensor& image, const Tensor& sample_ids, const Tensor& key, double gain, const Tensor& spikes) {
   const char* op = "poisson_encode";
   if (!image || image.ndim < 1 || !is_floating(image.dtype)) refuse(op, "image", "a floating tensor [B, ...]", image);
   if (!is_dense(image, 1)) refuse(op, "image", "dense", image);
@@ -376,9 +375,7 @@ void encode(const Tensor& image, const Tensor& sample_ids, int64_t seed, int64_t
     f.inner = image.shape[2] * image.shape[3];
   }
   f.gain = gain;
-  f.seed = static_cast<uint64_t>(seed);
-  f.stream = static_cast<uint32_t>(stream_id);
-  f.first_step = static_cast<uint32_t>(first_step);
+  f.key = static_cast<const int64_t*>(contiguous(op, "key", required(op, "key", key, Dtype::i64, image), {3}).data);
   if (sample_ids) f.sample_ids = static_cast<const int64_t*>(contiguous(op, "sample_ids", required(op, "sample_ids", sample_ids, Dtype::i64, image), {f.samples}).data);
   f.image = image.data;
   f.spikes = spikes.data;
@@ -412,8 +409,7 @@ void bind(py::module_& m) {
         py::arg("alpha"), py::arg("beta"), py::arg("form"), opt("grad_spikes"), opt("grad_membrane"), opt("grad_membrane_in"));
   m.def("pack", &pack, py::arg("spikes"), py::arg("packed"), py::arg("planes"));
   m.def("unpack", &unpack, py::arg("packed"), py::arg("spikes"), py::arg("planes"));
-  m.def("encode", &encode, py::arg("image"), opt("sample_ids"), py::arg("seed"), py::arg("stream"), py::arg("first_step"),
-        py::arg("gain"), py::arg("spikes"));
+  m.def("encode", &encode, py::arg("image"), opt("sample_ids"), py::arg("key"), py::arg("gain"), py::arg("spikes"));
 }
 
 }  // namespace pyaccel::neuron

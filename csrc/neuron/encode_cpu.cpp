@@ -56,8 +56,9 @@ PYACCEL_INLINE uint64_t threshold_of(S x, S gain) {
 }
 
 template <class E>
-void run(const Encode& f) {
+void run(Encode f) {
   using S = typename StateOf<E>::type;
+  read_key(f);
   const S gain = static_cast<S>(f.gain);
   const int64_t chunk = 4 * kBlocks, chunks = (f.pixels + chunk - 1) / chunk;
   const int64_t bytes = f.steps * f.samples * f.pixels * static_cast<int64_t>(sizeof(E));

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "../core/host_device.h"
 
 namespace pyaccel::neuron {
 
@@ -195,9 +196,19 @@ struct Encode {
   uint64_t seed = 0;
   uint32_t stream = 0;
   uint32_t first_step = 0;
+  // [seed, stream, first step] in the memory of the device: read by the kernel, in place of the three above, so that a
+  // captured graph draws anew when they change.
+  const int64_t* key = nullptr;
   const int64_t* sample_ids = nullptr;  // null: the position in the batch
   const void* image = nullptr;          // [samples, pixels]
   void* spikes = nullptr;               // [T, samples, pixels]
 };
+
+PYACCEL_HD void read_key(Encode& e) {
+  if (e.key == nullptr) return;
+  e.seed = static_cast<uint64_t>(e.key[0]);
+  e.stream = static_cast<uint32_t>(e.key[1]);
+  e.first_step = static_cast<uint32_t>(e.key[2]);
+}
 
 }  // namespace pyaccel::neuron

@@ -174,9 +174,10 @@ class PoissonEncoder(nn.Module):
         self.passes.fill_(step)
 
     def forward(self, image: Tensor, sample_ids: Tensor | None = None, *, steps: int | None = None) -> Tensor:
-        key = self.key.cpu().clone()
-        if self.training:
-            key[1] = (key[1] + 1 + self.passes.cpu()) & 0xFFFFFFFF
+        key = self.key
+        if self.training:  # on the device, without reading it: a captured graph counts on
+            key = key.clone()
+            key[1] = (key[1] + 1 + self.passes) & 0xFFFFFFFF
             self.passes += 1
         return ops.poisson_encode(
             image, self.steps if steps is None else steps, gain=self.gain, seed=key, sample_ids=sample_ids

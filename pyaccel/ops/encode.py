@@ -31,7 +31,7 @@ def poisson_encode(
         image: `[B, ...]`, float32, bfloat16, float16 or float64; contiguous or channels-last. A NaN pixel never spikes.
         steps: T >= 0; first_step + T <= 65,536.
         seed, stream: the key, 64 bits, and the stream, 32 bits; `seed` may also be an int64 tensor `[seed, stream,
-            first_step]` on the CPU, which keeps compiled graphs from being specialised to their values.
+            first_step]` on the device of the image: compiled and captured graphs are then not specialised to the values.
         sample_ids: int64 `[B]` (values below 2^32), what to draw for; default: the position in the batch.
 
     Returns:
@@ -43,7 +43,7 @@ def poisson_encode(
     if sample_ids is not None:
         checks.like("poisson_encode", "sample_ids", sample_ids, image.shape[:1], torch.int64, image.device)
     if isinstance(seed, Tensor):
-        checks.like("poisson_encode", "seed", seed, (3,), torch.int64, torch.device("cpu"))
+        checks.like("poisson_encode", "seed", seed, (3,), torch.int64, image.device)
         if stream != 0 or first_step != 0:
             raise ValueError(
                 "poisson_encode: a seed tensor [seed, stream, first_step] holds stream and first_step, "
@@ -54,7 +54,7 @@ def poisson_encode(
         checks.whole("poisson_encode", "seed", seed, -(1 << 63), (1 << 64) - 1)
         checks.whole("poisson_encode", "stream", stream, 0, (1 << 32) - 1)
         checks.whole("poisson_encode", "first_step", first_step, 0, STEPS - steps)
-        key = torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed, stream, first_step])
+        key = torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed, stream, first_step], device=image.device)
     return _poisson_encode(image, sample_ids, key, gain, steps)
 
 
@@ -75,9 +75,8 @@ def _kernel(image, sample_ids, key, gain, steps):
     spikes = _output(image, steps)
     if spikes.numel() == 0:
         return spikes
-    seed, stream, first_step = key.tolist()
     ids = None if sample_ids is None else sample_ids.contiguous()
-    extension._C.neuron.encode(_dense_image(image), ids, seed, stream, first_step, gain, spikes)
+    extension._C.neuron.encode(_dense_image(image), ids, key.contiguous(), gain, spikes)
     return spikes
 
 

@@ -203,8 +203,9 @@ class TestBindings:
             (dict(spikes=torch.empty(2, 2, 4)), "poisson_encode: spikes must be"),
             (dict(sample_ids=torch.arange(3)), "poisson_encode: sample_ids must be contiguous [2]"),
             (dict(sample_ids=torch.zeros(2)), "poisson_encode: sample_ids must be int64"),
+            (dict(key=torch.zeros(2, dtype=torch.int64)), "poisson_encode: key must be contiguous [3]"),
         ):
-            arguments = dict(image=torch.zeros(2, 3), sample_ids=None, seed=0, stream=0, first_step=0, gain=1.0, spikes=spikes)
+            arguments = dict(image=torch.zeros(2, 3), sample_ids=None, key=torch.zeros(3, dtype=torch.int64), gain=1.0, spikes=spikes)
             native.encode(**arguments)
             with pytest.raises(ValueError) as caught:
                 native.encode(**(arguments | bad))
