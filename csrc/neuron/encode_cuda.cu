@@ -54,7 +54,8 @@ PYACCEL_DEVICE uint32_t domain_at(const Encode& e, int t) {
 // `wide`: pixels are neighbours in memory and blocks are whole and aligned.
 template <class T, bool wide>
 __global__ void __launch_bounds__(kEncodeThreads)
-    encode_kernel(const Encode e, const Blocks blocks, const index::PixelOf place) {
+    encode_kernel(Encode e, const Blocks blocks, const index::PixelOf place) {
+  read_key(e);
   const uint32_t number = blockIdx.x * kEncodeThreads + threadIdx.x;
   if (number >= blocks.total) return;
   const uint32_t sample = blocks.per_sample.quotient(number), quad = blocks.per_sample.remainder(number);
@@ -94,8 +95,9 @@ __global__ void __launch_bounds__(kEncodeThreads)
 
 // Channels-last, 3 channels, whole blocks of positions: 12 neighbouring elements a thread.
 template <class T>
-__global__ void __launch_bounds__(kEncodeThreads) encode_colour_kernel(const Encode e, const Blocks blocks) {
+__global__ void __launch_bounds__(kEncodeThreads) encode_colour_kernel(Encode e, const Blocks blocks) {
   constexpr uint32_t channels = 3;
+  read_key(e);
   const uint32_t number = blockIdx.x * kEncodeThreads + threadIdx.x;
   if (number >= blocks.total) return;
   const uint32_t sample = blocks.per_sample.quotient(number), quad = blocks.per_sample.remainder(number);
