@@ -151,6 +151,19 @@ py::object raw(int64_t seed, int64_t first, int64_t stream, int64_t domain, int6
   return py::make_tuple(folded[0], folded[1], folded[2], folded[3]);
 }
 
+// The benchmark's clock: 8*n additions, each waiting for the one before, one a cycle.
+uint64_t additions(int64_t n) {
+  uint64_t x = 0;
+  for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      x += 3;
+      asm volatile("" : "+r"(x));
+    }
+  }
+  return x;
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -163,6 +176,7 @@ void bind(py::module_& m) {
   m.def("noise_backward", &noise_backward, py::arg("grad"), py::arg("x"), opt("scale"), py::arg("scale_value"), py::arg("low"),
         py::arg("high"), py::arg("grad_x"));
   m.def("raw_philox", &raw, py::arg("seed"), py::arg("first"), py::arg("stream"), py::arg("domain"), py::arg("blocks"), opt("out"));
+  m.def("additions", &additions, py::arg("n"));
 }
 
 }  // namespace pyaccel::sram

@@ -16,10 +16,26 @@ namespace {
 constexpr int kLanes = Simd<float>::lanes;
 constexpr int64_t kStreamBytes = 12 << 20;  // results beyond this go past the caches
 typedef int32_t IntVec __attribute__((vector_size(PYACCEL_VECTOR_BYTES)));
-template <class M>
-struct Narrow {
-  typedef M vec __attribute__((vector_size(kLanes * sizeof(M)), aligned(1), may_alias));
-};
+
+// One mask a lane. (The compiler's own conversion of narrow vectors takes several steps.)
+PYACCEL_INLINE WordVec masks_of(const uint8_t* p) {
+#if PYACCEL_VECTOR_BYTES == 64
+  return __builtin_bit_cast(WordVec, _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif PYACCEL_VECTOR_BYTES == 32
+  return __builtin_bit_cast(WordVec, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return WordVec{p[0], p[1], p[2], p[3]};
+#endif
+}
+PYACCEL_INLINE WordVec masks_of(const uint16_t* p) {
+#if PYACCEL_VECTOR_BYTES == 64
+  return __builtin_bit_cast(WordVec, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif PYACCEL_VECTOR_BYTES == 32
+  return __builtin_bit_cast(WordVec, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return WordVec{p[0], p[1], p[2], p[3]};
+#endif
+}
 
 template <class S>
 struct Quantiser {
@@ -32,8 +48,13 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an int
 
 PYACCEL_INLINE Vec<float> clipped(Vec<float> t, float low, float high) {
   t = t == t ? t : Vec<float>{};
+#if PYACCEL_VECTOR_BYTES == 32
+  const __m256 above = _mm256_max_ps(__builtin_bit_cast(__m256, t), _mm256_set1_ps(low));
+  return __builtin_bit_cast(Vec<float>, _mm256_min_ps(above, _mm256_set1_ps(high)));
+#else
   t = t > low ? t : Vec<float>{} + low;
   return t < high ? t : Vec<float>{} + high;
+#endif
 }
 
 // Elements with one failure mask (M: uint8_t or uint16_t) each.
@@ -46,8 +67,7 @@ void elements(const E* x, E* y, int64_t n, const M* failed, const Quantiser<type
     for (; i + kLanes <= n; i += kLanes) {
       const Vec<float> t = clipped(load_vec(x + i) / q.scale, q.low, q.high);
       const WordVec code = __builtin_bit_cast(WordVec, t + kRound) - __builtin_bit_cast(uint32_t, kRound);
-      const auto mask = *reinterpret_cast<const typename Narrow<M>::vec*>(failed + i);
-      const WordVec word = (code ^ __builtin_convertvector(mask, WordVec)) << up;
+      const WordVec word = (code ^ masks_of(failed + i)) << up;
       const IntVec read = q.is_signed ? __builtin_bit_cast(IntVec, word) >> up : __builtin_bit_cast(IntVec, word >> up);
       store_vec<stream>(y + i, __builtin_convertvector(read, Vec<float>) * q.scale);
     }
