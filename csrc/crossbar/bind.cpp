@@ -62,13 +62,32 @@ void report(const char* op, const Fault& fault) {
   if ((tensor).on_cuda()) throw std::runtime_error("this build of pyaccel has no CUDA kernels (see python -m pyaccel doctor)");
 #endif
 
-void matrix(const Tensor& conductance, const Ohm& ohm, const Tensor& effective) {
+// What the CUDA launches want besides their tensors; the CPU has scratch of its own.
+int64_t scratch_bytes(const Tensor& conductance, const Ohm& ohm, bool gradient) {
+  const Tiles tiles = tiles_of("crossbar_matrix", conductance);
+#ifdef PYACCEL_CUDA
+  if (conductance.on_cuda() && conductance.size() > 0) return cuda::scratch_bytes(tiles, resistances_of(ohm), gradient);
+#endif
+  (void)tiles, (void)ohm, (void)gradient;
+  return 0;
+}
+
+#ifdef PYACCEL_CUDA
+int64_t scratch_of(const char* op, const Tensor& scratch, const Tensor& like) {
+  required(op, "scratch", scratch, Dtype::u8, like);
+  if (scratch.ndim != 1) refuse(op, "scratch", "[bytes]", scratch);
+  return scratch.shape[0];
+}
+#endif
+
+void matrix(const Tensor& conductance, const Ohm& ohm, const Tensor& effective, const Tensor& scratch) {
   const char* op = "crossbar_matrix";
   Matrix f{tiles_of(op, conductance), resistances_of(ohm)};
   f.conductance = conductance.data;
   f.effective = same(op, "effective", effective, conductance);
   if (conductance.size() == 0) return;
-  PYACCEL_ON(conductance, matrix(f, device, queue))
+  (void)scratch;
+  PYACCEL_ON(conductance, matrix(f, scratch.data, scratch_of(op, scratch, conductance), device, queue))
   Fault fault;
   {
     py::gil_scoped_release release;
@@ -78,7 +97,7 @@ void matrix(const Tensor& conductance, const Ohm& ohm, const Tensor& effective) 
 }
 
 void matrix_gradient(const Tensor& conductance, const Ohm& ohm, const Tensor& grad_effective, const Tensor& grad_conductance,
-                     int64_t history_bytes) {
+                     int64_t history_bytes, const Tensor& scratch) {
   const char* op = "crossbar_matrix_backward";
   MatrixGradient f{tiles_of(op, conductance), resistances_of(ohm)};
   f.conductance = conductance.data;
@@ -86,7 +105,8 @@ void matrix_gradient(const Tensor& conductance, const Ohm& ohm, const Tensor& gr
   f.grad_conductance = same(op, "grad_conductance", grad_conductance, conductance);
   f.history_bytes = history_bytes;
   if (conductance.size() == 0) return;
-  PYACCEL_ON(conductance, matrix_gradient(f, device, queue))
+  (void)scratch;
+  PYACCEL_ON(conductance, matrix_gradient(f, scratch.data, scratch_of(op, scratch, conductance), device, queue))
   Fault fault;
   {
     py::gil_scoped_release release;
@@ -168,9 +188,10 @@ void normal(int64_t seed, int64_t stream, int64_t domain, int64_t first, const T
 }  // namespace
 
 void bind(py::module_& m) {
-  m.def("matrix", &matrix, py::arg("conductance"), py::arg("ohm"), py::arg("effective"));
+  m.def("matrix", &matrix, py::arg("conductance"), py::arg("ohm"), py::arg("effective"), py::arg("scratch").none(true));
   m.def("matrix_gradient", &matrix_gradient, py::arg("conductance"), py::arg("ohm"), py::arg("grad_effective"),
-        py::arg("grad_conductance"), py::arg("history_bytes"));
+        py::arg("grad_conductance"), py::arg("history_bytes"), py::arg("scratch").none(true));
+  m.def("scratch_bytes", &scratch_bytes, py::arg("conductance"), py::arg("ohm"), py::arg("gradient"));
   m.def("matmul", &matmul, py::arg("x"), py::arg("positive"), py::arg("negative").none(true), py::arg("tile"), py::arg("apart"),
         py::arg("adc_top"), py::arg("adc").none(true), py::arg("read_noise"), py::arg("seed"), py::arg("stream"), py::arg("y"));
   m.def("quantize", &quantize, py::arg("x"), py::arg("top"), py::arg("converter"), py::arg("out"));

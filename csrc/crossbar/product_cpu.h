@@ -31,22 +31,34 @@ PYACCEL_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) {
 constexpr int kRows = 4;                                       // rows of a register block
 constexpr int kWidest = PYACCEL_VECTOR_BYTES == 64 ? 4 : 3;  // and its vectors: 12 (16) sums in flight fill 16 (32) registers
 
+template <int width, class S>
+PYACCEL_INLINE void multiply_add_step(Vec<S> (&acc)[kRows][width], const S* a, int64_t row, const S* b) {
+  Vec<S> bs[width];
+#pragma GCC unroll 8
+  for (int v = 0; v < width; ++v) bs[v] = load_vec(b + v * Simd<S>::lanes);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const Vec<S> as = a[r * row] - Vec<S>{};  // x - 0 is x to the compiler, 0 + x is not
+#pragma GCC unroll 8
+    for (int v = 0; v < width; ++v) acc[r][v] = fused(as, bs[v], acc[r][v]);
+  }
+}
+
 // acc[r][v] += sum over k of a[r*row + k*next] * b[k*ldb + v]: broadcasts from a, vectors from b.
 template <int width, class S>
 PYACCEL_INLINE void multiply_add(Vec<S> (&acc)[kRows][width], const S* a, int64_t row, int64_t next, const S* b, int64_t ldb,
                                  int64_t depth) {
-  constexpr int lanes = Simd<S>::lanes;
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<S> bs[width];
-#pragma GCC unroll 8
-    for (int v = 0; v < width; ++v) bs[v] = load_vec(b + k * ldb + v * lanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<S> as = a[r * row + k * next] - Vec<S>{};  // x - 0 is x to the compiler, 0 + x is not
-#pragma GCC unroll 8
-      for (int v = 0; v < width; ++v) acc[r][v] = fused(as, bs[v], acc[r][v]);
-    }
-  }
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) multiply_add_step<width>(acc, a + (k + i) * next, row, b + (k + i) * ldb);
+  for (; k < depth; ++k) multiply_add_step<width>(acc, a + k * next, row, b + k * ldb);
+}
+// The same for a panel: depth 8, neighbouring a.
+template <int width, class S>
+PYACCEL_INLINE void multiply_add8(Vec<S> (&acc)[kRows][width], const S* a, int64_t row, int64_t next, const S* b, int64_t ldb) {
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < 8; ++k) multiply_add_step<width>(acc, a + k * next, row, b + k * ldb);
 }
 
 // run(width, first vector) over `vectors` in blocks of at most kWidest, none of them 1 wide unless it must be.

@@ -50,7 +50,7 @@ PYACCEL_INLINE void add_rank8(S* to, int64_t ld, const S* a, int64_t row, int64_
   in_blocks(vectors, [&](auto width, int64_t first) PYACCEL_LAMBDA_INLINE {
     constexpr int w = width.value;
     Vec<S> acc[kRows][w] = {};
-    multiply_add<w>(acc, a, row, next, b + first * lanes, ldb, 8);
+    multiply_add8<w>(acc, a, row, next, b + first * lanes, ldb);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -76,7 +76,7 @@ PYACCEL_INLINE void sweep_panel(const Block<S>& y, int64_t n, S ohm, int64_t b, 
     in_blocks(n / lanes, [&](auto width, int64_t first) PYACCEL_LAMBDA_INLINE {
       constexpr int w = width.value;
       Vec<S> acc[kRows][w] = {};
-      multiply_add<w>(acc, g + 8 * half, 8, 1, panel.at + first * lanes, panel.ld, 8);
+      multiply_add8<w>(acc, g + 8 * half, 8, 1, panel.at + first * lanes, panel.ld);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -100,7 +100,7 @@ PYACCEL_INLINE void sweep_panel(const Block<S>& y, int64_t n, S ohm, int64_t b, 
     in_blocks(columns / lanes, [&](auto width, int64_t first) PYACCEL_LAMBDA_INLINE {
       constexpr int w = width.value;
       Vec<S> acc[kRows][w] = {};
-      multiply_add<w>(acc, g + 8 * half, 8, 1, x.row(b) + first * lanes, x.ld, 8);
+      multiply_add8<w>(acc, g + 8 * half, 8, 1, x.row(b) + first * lanes, x.ld);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4

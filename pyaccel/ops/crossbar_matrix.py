@@ -77,10 +77,16 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-2:]).contiguous()
 
 
+def _scratch(tiles: Tensor, ohm: tuple[float, ...], gradient: bool) -> Tensor | None:
+    size = extension._C.crossbar.scratch_bytes(tiles, ohm, gradient)
+    return tiles.new_empty(size, dtype=torch.uint8) if size else None
+
+
 def _kernel(conductance, *ohm):
     out = torch.empty_like(conductance, memory_format=torch.contiguous_format)
     if out.numel():
-        extension._C.crossbar.matrix(_flat(conductance), ohm, out.view(-1, *out.shape[-2:]))
+        flat = _flat(conductance)
+        extension._C.crossbar.matrix(flat, ohm, out.view_as(flat), _scratch(flat, ohm, False))
     return out
 
 
@@ -109,7 +115,9 @@ def _backward_kernel(grad, conductance, *ohm):
     out = _fake(conductance)
     if out.numel():
         flat = _flat(conductance)
-        extension._C.crossbar.matrix_gradient(flat, ohm, _flat(grad), out.view_as(flat), HISTORY_BYTES)
+        extension._C.crossbar.matrix_gradient(
+            flat, ohm, _flat(grad), out.view_as(flat), HISTORY_BYTES, _scratch(flat, ohm, True)
+        )
     return out
 
 
