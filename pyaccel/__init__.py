@@ -7,6 +7,7 @@ Fused C++/CUDA kernels under differentiable PyTorch operators (`pyaccel.ops`), m
 import torch as _torch  # first: its OpenMP runtime must be the one that the kernels find  # noqa: F401
 
 from pyaccel import models, nn, ops, reference
+from pyaccel.memory import recycle_memory, release_memory
 from pyaccel.version import __version__
 
-__all__ = ["__version__", "models", "nn", "ops", "reference"]
+__all__ = ["__version__", "models", "nn", "ops", "recycle_memory", "reference", "release_memory"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel.models.vgg import Layer, Vgg
-from pyaccel.nn import BNTTLIF, LIF, PoissonEncoder, every_step
+from pyaccel.nn import BNTTLIF, LIF, PoissonEncoder, SpikeAvgPool2d, every_step
 
 NORMS = ("bntt", "shared", "none")
 
@@ -15,12 +15,13 @@ class SpikingLayer(nn.Module):
     """Weights, normalisation and neurons, pooling: `[T, B, ...]` spikes in, `[T, B, ...]` spikes out.
 
     `norm`: "bntt" (statistics and gain of every step, fused with the neuron), "shared" (one BatchNorm without bias over
-    all steps), "none".
+    all steps), "none". `kind`: what spikes come in (see `ops.spike_conv2d`). For backward a layer keeps its current
+    and 1 to 3 bits of each spike it read.
     """
 
-    def __init__(self, layer: Layer, norm: str, *, steps: int, leak: float, threshold: float, **neuron):
+    def __init__(self, layer: Layer, norm: str, kind: str, *, steps: int, leak: float, threshold: float, **neuron):
         super().__init__()
-        self.synapse = layer.synapse()
+        self.synapse = layer.spike_synapse(kind)
         self.norm: nn.Module | None = None
         if norm == "shared":
             self.norm = (nn.BatchNorm2d if layer.convolution else nn.BatchNorm1d)(layer.outputs, eps=1e-4)
@@ -29,14 +30,14 @@ class SpikingLayer(nn.Module):
             self.neuron: nn.Module = BNTTLIF(layer.outputs, steps, leak, threshold, **neuron)
         else:
             self.neuron = LIF(leak, threshold, **neuron)
-        self.pool = nn.AvgPool2d(2) if layer.pooled else None
+        self.pool = SpikeAvgPool2d(2) if layer.pooled else None
 
     def forward(self, spikes: Tensor) -> Tensor:
-        current = every_step(self.synapse, spikes)
+        current = self.synapse(spikes)
         if self.norm is not None:
             current = every_step(self.norm, current)
         spikes = self.neuron(current)
-        return spikes if self.pool is None else every_step(self.pool, spikes)
+        return spikes if self.pool is None else self.pool(spikes)
 
 
 class SpikingVgg(nn.Module):
@@ -65,9 +66,11 @@ class SpikingVgg(nn.Module):
         if norm not in NORMS:
             raise ValueError(f"norm of a spiking network must be one of {', '.join(NORMS)}, got {norm!r}")
         layers = description.layers(input_shape)
+        kinds = ["signed"] + ["pooled" if layer.pooled else "binary" for layer in layers[:-1]]
         built = [
-            SpikingLayer(layer, norm, steps=steps, leak=leak, threshold=threshold, **neuron) for layer in layers
-        ]  # fmt: skip
+            SpikingLayer(layer, norm, kind, steps=steps, leak=leak, threshold=threshold, **neuron)
+            for layer, kind in zip(layers, kinds, strict=True)
+        ]
         split = sum(layer.convolution for layer in layers)
         self.steps = steps
         self.encoder = PoissonEncoder(steps, gain, seed=seed)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pyaccel.nn import SpikeConv2d, SpikeLinear
+
 POOL = "A"
 
 
@@ -64,6 +66,12 @@ class Layer:
         if self.convolution:
             return nn.Conv2d(self.inputs, self.outputs, 3, padding=1, bias=False)
         return nn.Linear(self.inputs, self.outputs, bias=False)
+
+    def spike_synapse(self, kind: str) -> nn.Module:
+        """The same weights over spikes of this `kind` (see `ops.spike_conv2d`)."""
+        if self.convolution:
+            return SpikeConv2d(self.inputs, self.outputs, 3, padding=1, bias=False, kind=kind)
+        return SpikeLinear(self.inputs, self.outputs, bias=False, kind=kind)
 
 
 DESCRIPTIONS = {

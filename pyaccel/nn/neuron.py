@@ -186,3 +186,50 @@ class PoissonEncoder(nn.Module):
         return f"steps={self.steps}, gain={self.gain:g}"
 
 
+
+
+class STDBLIF(nn.Module):
+    """Delayed LIF neurons with the spike-time surrogate (`ops.stdb_lif`, 2005.01807): `[T, ...]` current in, spikes out.
+
+    `threshold` is a buffer, set by threshold balancing and saved with the model. `stateful=True` carries membrane and
+    steps since the last spike over to the next call, until `reset_state()`.
+    """
+
+    def __init__(
+        self,
+        leak: float = 1.0,
+        threshold: float = 1.0,
+        *,
+        alpha: float = 0.3,
+        beta: float = 0.01,
+        form: str = "exact",
+        stateful: bool = False,
+    ):
+        super().__init__()
+        self.leak, self.alpha, self.beta, self.form, self.stateful = leak, alpha, beta, form, stateful
+        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float64))
+        self._threshold: tuple[int, float] = (-1, threshold)
+        self.state: tuple[Tensor, Tensor] | None = None
+
+    def reset_state(self) -> None:
+        """Forget the state kept by a stateful module."""
+        self.state = None
+
+    def forward(self, current: Tensor) -> Tensor:
+        membrane, since = self.state or (None, None)
+        spikes, membrane, since = ops.stdb_lif(
+            current, membrane, since, leak=self.leak, threshold=self._threshold_value(), alpha=self.alpha, beta=self.beta,
+            form=self.form,
+        )  # fmt: skip
+        self.state = (membrane, since) if self.stateful else None
+        return spikes
+
+    def _threshold_value(self) -> float:
+        """The buffer as a number, read again only after it was written: reading it waits for a GPU."""
+        version = self.threshold._version + id(self.threshold)
+        if self._threshold[0] != version:
+            self._threshold = (version, float(self.threshold))
+        return self._threshold[1]
+
+    def extra_repr(self) -> str:
+        return f"leak={self.leak}, threshold={float(self.threshold):g}, alpha={self.alpha}, beta={self.beta}, form={self.form}"

@@ -1,6 +1,6 @@
 """Plain-torch twins of every kernel, written for reading: same names and arguments as in `pyaccel.ops`."""
 
-from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, surrogate_slope
+from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, stdb_lif, surrogate_slope
 from pyaccel.reference.philox import philox
 from pyaccel.reference.qmac import (
     dequantize_sums,
@@ -21,6 +21,7 @@ __all__ = [
     "quantize_codes",
     "quantized_conv2d",
     "quantized_linear",
+    "stdb_lif",
     "surrogate_slope",
     "unpack_codes",
 ]
