@@ -1,15 +1,12 @@
 """Quantised multiply-accumulate: `pytest benchmarks/test_qmac.py -m benchmark -s`.
 
-Every case checks its answer first. Times are CPU seconds of all threads (shared machines), medians of interleaved runs;
-each line gives the ratio to the 8x8-bit product here, and to the case's roofline: for products the rate of multiply-adds
-over that of the float32 product, for streamed weights the packed bytes over what a copy moves in that time (read and written).
-Packing of activations is inside every product. What the library's int8 gets wrong on this machine is printed beside it.
+Every case checks its answer first. Times are CPU seconds of all threads, wall seconds for streamed weights; r is the
+ratio to the float32 product, for streamed weights to a copy that reads and writes as many bytes as the packed weights have.
+Packing of activations is inside every product. What the library's int8 gets wrong on this machine has a row of its own.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -18,45 +15,26 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import measure
 
 from pyaccel import extension, nn, ops, reference
-from pyaccel.ops import int_mm
 from pyaccel.reference.qmac import code_dtype
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.skipif(extension._C is None, reason="the compiled module is absent")]
 WIDTHS = [(8, 8), (8, 4), (4, 4), (8, 2), (2, 2), (1, 1)]  # activation, weight
-ROUNDS = int(os.environ.get("PYACCEL_BENCH_ROUNDS", "9"))
 
 
 def codes(bits: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, 1 << bits, shape).to(code_dtype(bits))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def machine():
-    build = extension._C.build_info()
-    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, level {build['isa']}, torch {torch.__version__}, "
-          f"{build['compiler']}; torch._int_mm serves: {int_mm.library_serves(torch.device('cpu'))}")  # fmt: skip
-
-
-def medians(cases: dict[str, Callable], rounds: int = ROUNDS, repeat: int = 1) -> dict[str, float]:
-    """CPU seconds a call, cases interleaved."""
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    for run in cases.values():
-        run()
-    for _ in range(rounds):
-        for name, run in cases.items():
-            start = time.process_time()
-            for _ in range(repeat):
-                run()
-            found[name].append((time.process_time() - start) / repeat)
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def report(title: str, times: dict[str, float], unit: str, floor: dict[str, float]) -> None:
-    print(f"\n{title}\n{'case':>22} {'ms':>9} {'of 8x8':>7} {unit:>14}")
+def report(table: list, what: str, cases: dict[str, Callable], rounds: int, floor: dict[str, float] | str, wall: bool = False) -> dict:
+    """Times the cases and adds their rows; `floor` is the seconds of the roofline, or the case that stands for it."""
+    times = {name: (t.wall if wall else t.cpu) for name, t in measure(cases, rounds, torch.device("cpu")).items()}
     for name, seconds in times.items():
-        print(f"{name:>22} {seconds * 1e3:9.3f} {seconds / times['8x8']:7.2f} {seconds / floor[name]:14.2f}")
+        best = times[floor] if isinstance(floor, str) else floor[name]
+        table.append({"what": what, "case": name, "ms": seconds * 1e3, "of 8x8": seconds / times["8x8"], "r": seconds / best})
+    return times
 
 
 def linear_case(activation_bits: int, weight_bits: int, batch: int, length: int, outputs: int) -> Callable:
@@ -105,7 +83,7 @@ def library_errors() -> str:
 
 
 @pytest.mark.parametrize("size", [512, 1024])
-def test_gemm(size):
+def test_gemm(size, quick, table):
     x, w = torch.rand(size, size), torch.randn(size, size)
     cases = {f"{a}x{b}": linear_case(a, b, size, size, size) for a, b in WIDTHS}
     cases["float32"] = lambda: torch.mm(x, w)
@@ -113,13 +91,12 @@ def test_gemm(size):
     cases["bfloat16"] = lambda: torch.mm(narrow_x, narrow_w)
     for engine in ("fbgemm", "onednn"):
         cases[f"quantized, {engine}"] = library_linear(engine, x, size)
-    times = medians(cases)
-    print("\n" + library_errors())
-    report(f"GEMM {size} cubed, packing of activations inside", times, "of float32", dict.fromkeys(times, times["float32"]))
+    report(table, f"{size} cubed", cases, 1 if quick else 9, "float32")
+    table.append({"what": "full-range codes", "case": library_errors()})
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_small_batch(batch):
+def test_small_batch(batch, quick, table):
     size = 1024
     x, w = torch.rand(batch, size), torch.randn(size, size)
     cases = {f"{a}x{b}": linear_case(a, b, batch, size, size) for a, b in WIDTHS}
@@ -141,12 +118,11 @@ def test_small_batch(batch):
 
     assert torch.allclose(integers(), fake(), atol=1e-4)
     cases["QuantLinear 8x4"], cases["fake quantisation"] = integers, fake
-    times = medians(cases, repeat=10)
-    report(f"batch {batch}, 1024 x 1024", times, "of float32", dict.fromkeys(times, times["float32"]))
-    print(f"fake quantisation over QuantLinear: {times['fake quantisation'] / times['QuantLinear 8x4']:.1f}")
+    times = report(table, f"batch {batch}, 1024 x 1024", cases, 3 if quick else 101, "float32")
+    table[-1]["fake over QuantLinear"] = times["fake quantisation"] / times["QuantLinear 8x4"]
 
 
-def test_streamed_weights():
+def test_streamed_weights(quick, table):
     """Batch 1, 8192 x 16384: 128 MiB at 8 bits, beyond any cache. Wall time: the CPU waits for memory."""
     outputs, length = 8192, 16384
     memory = torch.ones(outputs * length // 4, dtype=torch.int32)
@@ -163,18 +139,11 @@ def test_streamed_weights():
         floor[f"{a}x{b}"] = outputs * length * b / 8 / rate
     x, w = torch.randn(length // 4), torch.randn(outputs, length // 4)
     cases["float32, same bytes"], floor["float32, same bytes"] = (lambda: torch.mv(w, x)), outputs * length / rate
-    found = {name: [] for name in cases}
-    for _ in range(ROUNDS):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            found[name].append(time.perf_counter() - start)
-    times = {name: statistics.median(t) for name, t in found.items()}
-    report(f"batch 1, 8192 x 16384, copy moves {rate / 1e9:.1f} GB/s", times, "of roofline", floor)
+    report(table, f"batch 1, 8192 x 16384; copy moves {rate / 1e9:.1f} GB/s", cases, 1 if quick else 9, floor, wall=True)
 
 
 @pytest.mark.parametrize("channels,size", [(64, 32), (128, 16), (256, 8)])
-def test_convolution(channels, size):
+def test_convolution(channels, size, quick, table):
     """VGG shapes, 3x3, batch 8."""
     x, w = torch.rand(8, channels, size, size), torch.randn(channels, channels, 3, 3)
     last, last_w = (t.to(memory_format=torch.channels_last) for t in (x, w))
@@ -203,6 +172,4 @@ def test_convolution(channels, size):
         cases[f"quantized, {engine}"] = run
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        times = medians(cases)
-    best = min(times["float32"], times["float32 channels-last"])
-    report(f"convolution 3x3, {channels} channels, {size}x{size}, batch 8", times, "of float32", dict.fromkeys(times, best))
+        report(table, f"3x3, {channels} channels, {size}x{size}, batch 8", cases, 1 if quick else 9, "float32 channels-last")

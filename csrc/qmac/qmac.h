@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "../core/host_device.h"
 
 namespace pyaccel::qmac {
 
@@ -24,7 +25,7 @@ struct Pack {
   bool in_range = true;
 };
 
-constexpr int64_t words_of(int64_t length, int bits) { return (length * bits + 31) / 32; }
+PYACCEL_HD constexpr int64_t words_of(int64_t length, int bits) { return (length * bits + 31) / 32; }
 
 // P [batch, outputs], Q [batch]. Floor: the packed weights once where the batch is small, else the multiplier's rate.
 struct Linear {

@@ -177,9 +177,11 @@ Product product_of(Layout layout, int max_rows, int vectors, int lane_bytes, int
   return p;
 }
 
-constexpr int kPairRows = kBytes == 64 ? 6 : 4, kPairVectors = kBytes == 64 ? 4 : 3;
+// As many sums as the registers hold. A convolution fills panels eight lanes at a time, so lanes come in eights.
+constexpr int kPairRows = kBytes == 32 ? 4 : 6, kPairVectors = kBytes == 64 ? 4 : kBytes == 32 ? 3 : 2;
 constexpr int kQuadRows = kBytes == 64 ? 4 : 3, kQuadVectors = kBytes == 64 ? 3 : 2;
 constexpr int kDigitRows = kBytes == 64 ? 4 : 3, kDigitVectors = kBytes == 64 ? 4 : 3;
+static_assert(kPairVectors * kInts % 8 == 0 && kQuadVectors * kInts % 8 == 0);
 
 #ifdef PYACCEL_HAS_BYTE_PRODUCTS
 template <bool lanes_signed, int R>
