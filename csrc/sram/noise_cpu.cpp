@@ -57,9 +57,10 @@ PYACCEL_INLINE Vec<float> clipped(Vec<float> t, float low, float high) {
 #endif
 }
 
-// Elements with one failure mask (M: uint8_t or uint16_t) each.
+// Elements with one failure mask (M: uint8_t or uint16_t) each. `q` by value: behind a reference it would be read again
+// after every store.
 template <bool stream, class E, class M>
-void elements(const E* x, E* y, int64_t n, const M* failed, const Quantiser<typename StateOf<E>::type>& q) {
+void elements(const E* x, E* y, int64_t n, const M* failed, const Quantiser<typename StateOf<E>::type> q) {
   using S = typename StateOf<E>::type;
   int64_t i = 0;
   if constexpr (sizeof(S) == 4) {
@@ -135,12 +136,13 @@ void run(const Noise& f) {
 template <class E>
 void run(const NoiseBackward& f) {
   using S = typename StateOf<E>::type;
-  const S scale = f.scale_data != nullptr ? *static_cast<const S*>(f.scale_data) : static_cast<S>(f.scale);
-  const S low = static_cast<S>(f.low), high = static_cast<S>(f.high);
+  const S step = f.scale_data != nullptr ? *static_cast<const S*>(f.scale_data) : static_cast<S>(f.scale);
   const int64_t piece = 4096, pieces = (f.elements + piece - 1) / piece;
   const E *x = static_cast<const E*>(f.x), *grad = static_cast<const E*>(f.grad);
-  E* out = static_cast<E*>(f.grad_x);
+  E* to = static_cast<E*>(f.grad_x);
   parallel_shares(pieces, threads_for(f.elements * 3 * static_cast<int64_t>(sizeof(E)), pieces), [&](int64_t begin, int64_t end, int) {
+    E* const out = to;
+    const S scale = step, low = static_cast<S>(f.low), high = static_cast<S>(f.high);
     int64_t i = begin * piece;
     const int64_t last = std::min(end * piece, f.elements);
     if constexpr (sizeof(S) == 4) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import torch
@@ -95,7 +95,8 @@ class SramConfig:
     """
 
     word_bits: int = 8
-    n8t: int = 4
+    _: KW_ONLY
+    n8t: int
     p6: float = 0.0
     p8: float = 0.0
     semantics: str = "flip"
@@ -124,14 +125,14 @@ class SramConfig:
             curve = CURVES[curve]
         p6 = curve.probability(vdd, vmin)
         source = f"{vdd:g} V of V_min {vmin:g} V on curve {curve.name}: {curve.source}"
-        return cls(word_bits, n8t, p6, p8, source=source)
+        return cls(word_bits, n8t=n8t, p6=p6, p8=p8, source=source)
 
     @classmethod
     def read_and_write(cls, p_read: float, p_write: float, *, word_bits: int = 8, n8t: int) -> SramConfig:
         """A value written once and read once: wrong where exactly one of the two failed,
         p = p_r (1 - p_w) + p_w (1 - p_r). (p_r + p_w is its small-p approximation.)"""
         p6 = p_read * (1 - p_write) + p_write * (1 - p_read)
-        return cls(word_bits, n8t, p6, source=f"read failures {p_read:g}, write failures {p_write:g}")
+        return cls(word_bits, n8t=n8t, p6=p6, source=f"read failures {p_read:g}, write failures {p_write:g}")
 
     @property
     def n6t(self) -> int:

@@ -96,7 +96,7 @@ def test_voltage_needs_a_named_curve():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(word_bits=7), "word_bits must be one of 1, 2, 4, 8, 16, 32, got 7"),
+        (dict(word_bits=7, n8t=4), "word_bits must be one of 1, 2, 4, 8, 16, 32, got 7"),
         (dict(n8t=9), r"n8t must be in 0..8 \(bits in 8T cells\), got 9"),
         (dict(p6=1.5), r"p6 must be a probability in \[0, 1\], got 1.5"),
         (dict(p6=math.nan), r"p6 must be a probability"),
@@ -105,7 +105,14 @@ def test_voltage_needs_a_named_curve():
 )
 def test_wrong_configurations(arguments, message):
     with pytest.raises(ValueError, match=message):
-        SramConfig(**arguments)
+        SramConfig(**dict(n8t=4) | arguments)
+
+
+def test_8t_bits_are_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        SramConfig(8, 4)
+    with pytest.raises(TypeError, match="n8t"):
+        SramConfig(8, p6=0.1)
 
 
 def test_wrong_curves():
