@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "core/allocator.h"
 #include "core/isa.h"
 #include "core/tensor.h"
 
@@ -49,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &force_isa, py::arg("level"));
   m.def("describe", [](const pyaccel::Tensor& t) { return t.describe(); }, py::arg("tensor").none(true),
         "What reaches a kernel: dtype, shape, strides and device as DLPack gives them.");
+  m.def("recycle_memory", &pyaccel::recycle_memory);
+  m.def("release_memory", &pyaccel::release_memory);
   auto neuron = m.def_submodule("neuron");
   pyaccel::neuron::bind(neuron);
   auto crossbar = m.def_submodule("crossbar");

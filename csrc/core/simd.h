@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -204,6 +205,44 @@ PYACCEL_INLINE S sum_lanes(V v) {
     for (int i = 0; i < lanes_of<S, V>; ++i) total += v[i];
     return total;
   }
+}
+
+template <class Mask>
+PYACCEL_INLINE uint32_t vector_mask_bits(Mask mask) {
+  constexpr int width = static_cast<int>(sizeof(mask[0]));
+  static_assert(width == 4 || width == 8);
+#if defined(__x86_64__)
+  asm("" : "+v"(mask));  // g++ 12 fails (internal error) where it merges this comparison with a selection by the same mask
+#endif
+#if PYACCEL_VECTOR_BYTES == 64
+  if constexpr (width == 4) return _mm512_movepi32_mask(__builtin_bit_cast(__m512i, mask));
+  else return _mm512_movepi64_mask(__builtin_bit_cast(__m512i, mask));
+#elif PYACCEL_VECTOR_BYTES == 32
+  if constexpr (width == 4) return static_cast<uint32_t>(_mm256_movemask_ps(__builtin_bit_cast(__m256, mask)));
+  else return static_cast<uint32_t>(_mm256_movemask_pd(__builtin_bit_cast(__m256d, mask)));
+#elif defined(__x86_64__)
+  if constexpr (width == 4) return static_cast<uint32_t>(_mm_movemask_ps(__builtin_bit_cast(__m128, mask)));
+  else return static_cast<uint32_t>(_mm_movemask_pd(__builtin_bit_cast(__m128d, mask)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < PYACCEL_VECTOR_BYTES / width; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+// Bit i of the result: lane i of a comparison mask (all ones or all zeros a lane).
+template <class Mask>
+PYACCEL_INLINE uint32_t mask_bits(Mask mask) {
+  if constexpr (std::is_same_v<Mask, bool>) return mask ? 1 : 0;
+  else return vector_mask_bits(mask);
+}
+// A mask of S-sized lanes from bits: the inverse of mask_bits.
+template <class S>
+PYACCEL_INLINE auto mask_of_bits(uint32_t bits) {
+  using Word = decltype(Vec<S>{} > Vec<S>{});
+  Word select;
+  for (int i = 0; i < Simd<S>::lanes; ++i) select[i] = 1 << i;
+  const auto lane = static_cast<std::remove_cvref_t<decltype(select[0])>>(bits);
+  return ((Word{} + lane) & select) == select;
 }
 
 PYACCEL_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % PYACCEL_VECTOR_BYTES == 0; }

@@ -1,7 +1,8 @@
 // Python names of the neuron family: checks, device dispatch. Outputs are allocated by the caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <optional>
+#include <array>
 
 #include "../core/tensor.h"
 #include "kernels_cpu.h"
@@ -14,19 +15,20 @@ namespace py = pybind11;
 namespace pyaccel::neuron {
 namespace {
 
-// The options of a neuron as they cross from Python: (leak, threshold, reset, detach_reset, delay, surrogate, scale, width).
-using Options = std::tuple<double, double, int, bool, bool, int, double, double>;
+// The options of a neuron as they cross from Python: [leak, threshold, reset, detach_reset, delay, surrogate, scale, width],
+// numbers all of them: an operator's schema takes one list for less than the cost of eight arguments.
+using Options = std::array<double, 8>;
 
 Neuron neuron_of(const Options& o) {
   Neuron n;
-  n.leak.value = std::get<0>(o);
-  n.threshold.value = std::get<1>(o);
-  n.reset = static_cast<Reset>(std::get<2>(o));
-  n.detach_reset = std::get<3>(o);
-  n.delay = std::get<4>(o);
-  n.surrogate = static_cast<Surrogate>(std::get<5>(o));
-  n.scale = std::get<6>(o);
-  n.width = std::get<7>(o);
+  n.leak.value = o[0];
+  n.threshold.value = o[1];
+  n.reset = static_cast<Reset>(o[2]);
+  n.detach_reset = o[3] != 0;
+  n.delay = o[4] != 0;
+  n.surrogate = static_cast<Surrogate>(o[5]);
+  n.scale = o[6];
+  n.width = o[7];
   return n;
 }
 
@@ -54,6 +56,12 @@ struct Call {
   void* plain(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
     if (!t) return nullptr;
     return contiguous(op, name, required(op, name, t, state, current), shape).data;
+  }
+  // Spikes: like current, or [T, ceil(N / 8)] bytes.
+  void* spikes(const Tensor& t, bool packed) const {
+    if (!packed) return must("spikes", sequence("spikes", t), t);
+    const int64_t steps = current.shape[0], row = steps > 0 ? current.size() / steps : 0;
+    return contiguous(op, "spikes", required(op, "spikes", t, Dtype::u8, current), {steps, (row + 7) / 8}).data;
   }
   void* must(const char* name, void* data, const Tensor& t) const {
     if (!t) refuse(op, name, "given", t);
@@ -130,14 +138,15 @@ BnttShape bntt_shape(const Call& call) {
   }
 
 void lif_forward(const Tensor& current, const Tensor& membrane, const Tensor& leak, const Tensor& threshold, const Options& options,
-                 int64_t every, const Tensor& spikes, const Tensor& membrane_out, const Tensor& checkpoints) {
+                 int64_t every, bool packed, const Tensor& spikes, const Tensor& membrane_out, const Tensor& checkpoints) {
   const Call call("lif", current);
   LifForward f{neuron_of(options), sequence_of(call, leak, threshold)};
   set_parameter(call, "leak", leak, f.sequence.channels, f.neuron.leak);
   set_parameter(call, "threshold", threshold, f.sequence.channels, f.neuron.threshold);
   f.current = current.data;
   f.membrane = call.step("membrane", membrane);
-  f.spikes = call.must("spikes", call.sequence("spikes", spikes), spikes);
+  f.packed = packed;
+  f.spikes = call.spikes(spikes, packed);
   f.membrane_out = call.must("membrane_out", call.step("membrane_out", membrane_out), membrane_out);
   if (every > 0) {
     f.checkpoint_every = every;
@@ -197,7 +206,7 @@ void bntt_statistics(const Tensor& current, const Tensor& mean, const Tensor& va
 }
 
 void bntt_forward(const Tensor& current, const Tensor& weight, const Tensor& membrane, const Tensor& leak, const Tensor& threshold,
-                  const Options& options, double eps, bool batch_statistics, const Tensor& mean, const Tensor& var,
+                  const Options& options, double eps, bool batch_statistics, bool packed, const Tensor& mean, const Tensor& var,
                   const Tensor& spikes, const Tensor& membrane_out, const Tensor& scratch) {
   const Call call("bntt_lif", current);
   BnttForward f{neuron_of(options), bntt_shape(call)};
@@ -211,7 +220,9 @@ void bntt_forward(const Tensor& current, const Tensor& weight, const Tensor& mem
   f.batch_statistics = batch_statistics;
   f.mean = call.must("mean", call.plain("mean", mean, grid), mean);
   f.var = call.must("var", call.plain("var", var, grid), var);
-  f.spikes = call.must("spikes", call.sequence("spikes", spikes), spikes);
+  f.packed = packed;
+  if (packed && !packs_in_place(f.shape)) refuse(call.op, "current", "of whole bytes a channel for packed spikes", current);
+  f.spikes = call.spikes(spikes, packed);
   f.membrane_out = call.must("membrane_out", call.step("membrane_out", membrane_out), membrane_out);
   (void)scratch;
   if (current.size() == 0) return;
@@ -254,6 +265,99 @@ void bntt_backward(const Tensor& current, const Tensor& weight, const Tensor& me
   PYACCEL_RUN(bntt_backward, f)
 }
 
+bool bntt_packs_in_place(const Tensor& current) { return packs_in_place(bntt_shape(Call("bntt_lif", current))); }
+
+// [N] int32 in the layout of one step.
+int32_t* counts(const Call& call, const char* name, const Tensor& t) {
+  if (!t) return nullptr;
+  if (!same_layout(required(call.op, name, t, Dtype::i32, call.current), 0, call.current, 1))
+    refuse(call.op, name, "of the shape and strides of one step of current", t);
+  return static_cast<int32_t*>(t.data);
+}
+
+uint8_t* bits_of(const Call& call, const Tensor& t, const Sequence& s) {
+  if (!t) return nullptr;
+  return static_cast<uint8_t*>(contiguous(call.op, "bits", required(call.op, "bits", t, Dtype::u8, call.current), {s.steps, (s.neurons + 7) / 8}).data);
+}
+
+void stdb_forward(const Tensor& current, const Tensor& membrane, const Tensor& since, double leak, double threshold, const Tensor& spikes,
+                  const Tensor& membrane_out, const Tensor& since_out, const Tensor& bits) {
+  const Call call("stdb_lif", current);
+  StdbForward f;
+  f.sequence = sequence_of(call, {}, {});
+  f.leak = leak;
+  f.threshold = threshold;
+  f.current = current.data;
+  f.membrane = call.step("membrane", membrane);
+  f.since = counts(call, "since", since);
+  f.spikes = call.spikes(spikes, false);
+  f.membrane_out = call.must("membrane_out", call.step("membrane_out", membrane_out), membrane_out);
+  f.since_out = static_cast<int32_t*>(call.must("since_out", counts(call, "since_out", since_out), since_out));
+  f.bits = bits_of(call, bits, f.sequence);
+  if (f.sequence.neurons == 0) return;
+  PYACCEL_ON(current, stdb_forward, f)
+  PYACCEL_RUN(stdb_forward, f)
+}
+
+// `like`: the gradient of the current, whose layout the others follow.
+void stdb_backward(const Tensor& grad_current, const Tensor& since, const Tensor& bits, double leak, double threshold, double alpha, double beta,
+                   int form, const Tensor& grad_spikes, const Tensor& grad_membrane, const Tensor& grad_membrane_in) {
+  const Call call("stdb_lif_backward", grad_current);
+  StdbBackward f;
+  f.sequence = sequence_of(call, {}, {});
+  f.leak = leak;
+  f.threshold = threshold;
+  f.alpha = alpha;
+  f.beta = beta;
+  f.form = static_cast<StdbForm>(form);
+  f.since = counts(call, "since", since);
+  f.bits = static_cast<const uint8_t*>(call.must("bits", bits_of(call, bits, f.sequence), bits));
+  f.grad_spikes = call.sequence("grad_spikes", grad_spikes);
+  f.grad_membrane = call.step("grad_membrane", grad_membrane);
+  f.grad_current = grad_current.data;
+  f.grad_membrane_in = call.step("grad_membrane_in", grad_membrane_in);
+  if (f.sequence.neurons == 0) return;
+  PYACCEL_ON(grad_current, stdb_backward, f)
+  PYACCEL_RUN(stdb_backward, f)
+}
+
+// Dense spikes [rows, ...] in memory order <-> planes [planes, rows, ceil(length / 8)].
+Planes planes_of(const char* op, const Tensor& spikes, const Tensor& packed, int planes) {
+  if (!spikes || spikes.ndim < 1 || !is_floating(spikes.dtype)) refuse(op, "spikes", "a floating tensor [rows, ...]", spikes);
+  const int64_t rows = spikes.shape[0], length = rows > 0 ? spikes.size() / rows : 0;
+  if (!is_dense(spikes, 1) || (rows > 1 && length > 0 && spikes.strides[0] != length)) refuse(op, "spikes", "dense with rows outermost", spikes);
+  if (planes < 1 || planes > 4) throw py::value_error(std::string(op) + ": planes must be 1..4, got " + std::to_string(planes));
+  Planes f{spikes.dtype, planes, rows, length};
+  contiguous(op, "packed", required(op, "packed", packed, Dtype::u8, spikes), {planes, rows, (length + 7) / 8});
+  return f;
+}
+
+bool pack(const Tensor& spikes, const Tensor& packed, int planes) {
+  Planes f = planes_of("pack_spikes", spikes, packed, planes);
+  f.from = spikes.data;
+  f.to = packed.data;
+  if (spikes.size() == 0) return true;
+#ifdef PYACCEL_CUDA
+  if (spikes.on_cuda()) {  // whether every value had a code is not read back: that would wait for the GPU
+    void* stream = current_stream(spikes);
+    py::gil_scoped_release release;
+    cuda::pack(f, spikes.device.id, stream);
+    return true;
+  }
+#endif
+  py::gil_scoped_release release;
+  return PYACCEL_CALL(pack(f));
+}
+
+void unpack(const Tensor& packed, const Tensor& spikes, int planes) {
+  Planes f = planes_of("unpack_spikes", spikes, packed, planes);
+  f.from = packed.data;
+  f.to = spikes.data;
+  if (spikes.size() == 0) return;
+  PYACCEL_ON(spikes, unpack, f)
+  PYACCEL_RUN(unpack, f)
+}
+
 void encode(const Tensor& image, const Tensor& sample_ids, int64_t seed, int64_t stream_id, int64_t first_step, double gain,
             const Tensor& spikes) {
   const char* op = "poisson_encode";
@@ -288,19 +392,26 @@ void encode(const Tensor& image, const Tensor& sample_ids, int64_t seed, int64_t
 void bind(py::module_& m) {
   const auto opt = [](const char* name) { return py::arg(name).none(true); };
   m.def("lif_forward", &lif_forward, py::arg("current"), opt("membrane"), opt("leak"), opt("threshold"), py::arg("options"),
-        py::arg("checkpoint_every"), py::arg("spikes"), py::arg("membrane_out"), opt("checkpoints"));
+        py::arg("checkpoint_every"), py::arg("packed"), py::arg("spikes"), py::arg("membrane_out"), opt("checkpoints"));
   m.def("lif_backward", &lif_backward, py::arg("current"), opt("membrane"), opt("leak"), opt("threshold"), py::arg("options"),
         py::arg("checkpoint_every"), opt("checkpoints"), opt("grad_spikes"), opt("grad_membrane"), py::arg("grad_current"),
         opt("grad_membrane_in"), opt("grad_leak"), opt("grad_threshold"));
   m.def("bntt_scratch_bytes", &bntt_scratch_bytes, py::arg("current"), py::arg("backward"));
   m.def("bntt_statistics", &bntt_statistics, py::arg("current"), py::arg("mean"), py::arg("var"), opt("scratch"));
   m.def("bntt_forward", &bntt_forward, py::arg("current"), py::arg("weight"), opt("membrane"), opt("leak"), opt("threshold"),
-        py::arg("options"), py::arg("eps"), py::arg("batch_statistics"), py::arg("mean"), py::arg("var"), py::arg("spikes"),
+        py::arg("options"), py::arg("eps"), py::arg("batch_statistics"), py::arg("packed"), py::arg("mean"), py::arg("var"), py::arg("spikes"),
         py::arg("membrane_out"), opt("scratch"));
   m.def("bntt_backward", &bntt_backward, py::arg("current"), py::arg("weight"), opt("membrane"), opt("leak"), opt("threshold"),
         py::arg("options"), py::arg("eps"), py::arg("batch_statistics"), py::arg("mean"), py::arg("var"), opt("grad_spikes"),
         opt("grad_membrane"), py::arg("phase"), opt("sums"), py::arg("count"), opt("grad_current"), opt("grad_weight"),
         opt("grad_membrane_in"), opt("grad_leak"), opt("grad_threshold"), opt("scratch"));
+  m.def("bntt_packs_in_place", &bntt_packs_in_place, py::arg("current"));
+  m.def("stdb_forward", &stdb_forward, py::arg("current"), opt("membrane"), opt("since"), py::arg("leak"), py::arg("threshold"),
+        py::arg("spikes"), py::arg("membrane_out"), py::arg("since_out"), opt("bits"));
+  m.def("stdb_backward", &stdb_backward, py::arg("grad_current"), opt("since"), py::arg("bits"), py::arg("leak"), py::arg("threshold"),
+        py::arg("alpha"), py::arg("beta"), py::arg("form"), opt("grad_spikes"), opt("grad_membrane"), opt("grad_membrane_in"));
+  m.def("pack", &pack, py::arg("spikes"), py::arg("packed"), py::arg("planes"));
+  m.def("unpack", &unpack, py::arg("packed"), py::arg("spikes"), py::arg("planes"));
   m.def("encode", &encode, py::arg("image"), opt("sample_ids"), py::arg("seed"), py::arg("stream"), py::arg("first_step"),
         py::arg("gain"), py::arg("spikes"));
 }

@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t kStreamBytes = 12 << 20;  // see lif_cpu.cpp
 constexpr int64_t kRowsAFlush = 32;         // float sums are moved to double this often
-constexpr int64_t kColumns = 64;            // elements of a group of columns, at least a few cache lines
+constexpr int64_t kColumns = 256;           // elements of a group of columns: a few cache lines of every row
 
 // Channels [first, first + count) and their place in memory.
 struct Group {
@@ -39,7 +39,21 @@ PYACCEL_INLINE void over_row(int64_t width, const F& at) {
   for (; j < width; ++j) at(S{}, j);
 }
 
-// One number a channel: broadcast, or spread over the columns of the group.
+// What the loops read of one number a channel. A copy by value, so that a broadcast stays in a register: stores of
+// the loop could alias anything behind a pointer.
+template <class S, bool columns>
+struct View {
+  Vec<S> broadcast;
+  const S* values;
+  template <class V>
+  PYACCEL_INLINE V get(int64_t j) const {
+    if constexpr (columns) return load_as<V>(values + j);
+    else if constexpr (sizeof(V) == sizeof(S)) return broadcast[0];
+    else return broadcast;
+  }
+};
+
+// One number a channel: a single one, or spread over the columns of the group.
 template <class S, bool columns>
 struct PerChannel {
   S* values;
@@ -48,10 +62,18 @@ struct PerChannel {
     if constexpr (columns) std::fill_n(values + channel * inner, inner, value);
     else values[0] = value;
   }
+  PYACCEL_INLINE View<S, columns> view() const { return {Vec<S>{} + values[0], values}; }
+};
+
+// The neuron as the loops read it: see make_cell.
+template <class S, bool columns>
+struct CellView {
+  View<S, columns> leak, threshold, drop, inverse;
+  S keep, through_u, through_drop;
   template <class V>
-  PYACCEL_INLINE V get(int64_t j) const {
-    if constexpr (columns) return load_as<V>(values + j);
-    else return V{} + values[0];
+  PYACCEL_INLINE Cell<V> cell(int64_t j) const {
+    const V lost = drop.template get<V>(j);
+    return {leak.template get<V>(j), threshold.template get<V>(j), V{} + keep, lost, V{} + through_u, lost * through_drop};
   }
 };
 
@@ -116,28 +138,32 @@ struct Sums {
 // Everything a thread needs for one group: numbers a channel, and where sums are kept.
 template <class S, bool columns>
 struct Desk {
-  PerChannel<S, columns> mean, scale, leak, threshold, inverse, slope, offset;
+  PerChannel<S, columns> mean, scale, leak, threshold, drop, inverse, slope, offset;
   S* partial;
   double* totals;
+  S keep = 0, through_u = 0, through_drop = 0;
 
-  static int64_t bytes(int64_t width) { return width * (7 + 4) * static_cast<int64_t>(sizeof(S)) + width * 4 * 8 + 256; }
+  static int64_t bytes(int64_t width) { return width * (8 + 4) * static_cast<int64_t>(sizeof(S)) + width * 4 * 8 + 256; }
   Desk(void* memory, int64_t width, int64_t inner) {
     totals = static_cast<double*>(memory);
     S* next = reinterpret_cast<S*>(totals + 4 * width);
-    for (auto* p : {&mean, &scale, &leak, &threshold, &inverse, &slope, &offset}) *p = {next, inner}, next += width;
+    for (auto* p : {&mean, &scale, &leak, &threshold, &drop, &inverse, &slope, &offset}) *p = {next, inner}, next += width;
     partial = next;
   }
   void set_neuron(const Neuron& n, const Group& group) {
     for (int64_t c = 0; c < group.count; ++c) {
-      const S limit = value_of<S>(n.threshold, group.first + c);
-      leak.set(c, value_of<S>(n.leak, group.first + c));
-      threshold.set(c, limit);
-      inverse.set(c, S(1) / limit);
+      const Cell<S> cell = make_cell<S>(n, value_of<S>(n.leak, group.first + c), value_of<S>(n.threshold, group.first + c));
+      leak.set(c, cell.leak);
+      threshold.set(c, cell.threshold);
+      drop.set(c, cell.drop);
+      inverse.set(c, S(1) / cell.threshold);
+      keep = cell.keep;
+      through_u = cell.through_u;
     }
+    through_drop = n.detach_reset ? S(0) : S(1);
   }
-  template <class V>
-  PYACCEL_INLINE Cell<V> cell(const Neuron& n, int64_t j) const {
-    return make_cell<S>(n, leak.template get<V>(j), threshold.template get<V>(j));
+  PYACCEL_INLINE CellView<S, columns> neuron() const {
+    return {leak.view(), threshold.view(), drop.view(), inverse.view(), keep, through_u, through_drop};
   }
 };
 
@@ -156,13 +182,14 @@ void statistics(const BnttShape& shape, const Group& group, const E* x, Desk<typ
   for (int64_t c = 0; c < group.count; ++c) desk.offset.set(c, load(x + c * shape.inner));
   Sums<S, columns, 2> sums{group, desk.partial, desk.totals};
   sums.clear();
+  const auto shifts = desk.offset.view();
   for (int64_t o = 0; o < shape.outer; ++o) {
     const E* row = x + o * group.stride;
     int64_t j = 0;
     if constexpr (!columns) {  // four chains of additions
       constexpr int64_t lanes = Simd<S>::lanes;
       Vec<S> first[4] = {}, second[4] = {};
-      const Vec<S> shift = desk.offset.template get<Vec<S>>(0);
+      const Vec<S> shift = shifts.template get<Vec<S>>(0);
       for (; j + 4 * lanes <= group.width; j += 4 * lanes) {
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
@@ -176,7 +203,7 @@ void statistics(const BnttShape& shape, const Group& group, const E* x, Desk<typ
     }
     over_row<S>(group.width - j, [&](auto v, int64_t k) PYACCEL_LAMBDA_INLINE {
       using V = decltype(v);
-      const V d = load_as<V>(row + j + k) - desk.offset.template get<V>(j + k);
+      const V d = load_as<V>(row + j + k) - shifts.template get<V>(j + k);
       sums.add(0, j + k, d);
       sums.add(1, j + k, d * d);
     });
@@ -209,7 +236,7 @@ struct Plan {
 template <class S>
 Plan plan_of(const BnttShape& shape) {
   const int64_t bytes = 3 * shape.steps * shape.outer * shape.channels * shape.inner * size_of(shape.dtype);
-  const bool columns = shape.inner < 2 * Simd<S>::lanes;
+  const bool columns = shape.inner < 64;
   int64_t channels = 1;
   if (columns) {
     channels = std::max<int64_t>(1, kColumns / shape.inner);
@@ -273,27 +300,39 @@ void forward(const BnttForward& f) {
     S* state = static_cast<S*>(scratch(0, static_cast<size_t>(shape.outer * group.width) * sizeof(S)));
     gather(f.membrane, state, shape, group);
     desk.set_neuron(f.neuron, group);
-    const bool stream = streams(shape, group, f.spikes);
+    const bool stream = !f.packed && streams(shape, group, f.spikes);
     for (int64_t t = 0; t < shape.steps; ++t) {
       const E* x = static_cast<const E*>(f.current) + t * slice + origin;
-      E* s = static_cast<E*>(f.spikes) + t * slice + origin;
+      E* s = f.packed ? nullptr : static_cast<E*>(f.spikes) + t * slice + origin;
+      uint8_t* bytes = f.packed ? static_cast<uint8_t*>(f.spikes) + t * ((slice + 7) / 8) : nullptr;
       const int64_t at = t * shape.channels + group.first;
       if (f.batch_statistics)
         statistics<E, columns.value>(shape, group, x, desk, static_cast<S*>(f.mean) + at, static_cast<S*>(f.var) + at);
       set_normalisation(desk, group, f.mean, f.var, f.weight, at, f.eps);
       const int64_t next = t + 1 < shape.steps ? slice : 0;
+      const auto neuron = desk.neuron();
+      const auto mean = desk.mean.view(), scale = desk.scale.view();
       for (int64_t o = 0; o < shape.outer; ++o) {
         const E* row = x + o * group.stride;
-        E* out = s + o * group.stride;
+        E* out = s + (f.packed ? 0 : o * group.stride);
+        uint8_t* to = bytes + (f.packed ? (o * group.stride + origin) / 8 : 0);
         S* v = state + o * group.width;
         over_row<S>(group.width, [&](auto value, int64_t j) PYACCEL_LAMBDA_INLINE {
           using V = decltype(value);
-          const Cell<V> cell = desk.template cell<V>(f.neuron, j);
-          const V y = (load_as<V>(row + j) - desk.mean.template get<V>(j)) * desk.scale.template get<V>(j);
+          const Cell<V> cell = neuron.template cell<V>(j);
+          const V y = (load_as<V>(row + j) - mean.template get<V>(j)) * scale.template get<V>(j);
           const V u = integrate(cell, load_as<V>(v + j), y);
           __builtin_prefetch(row + next + j, 0, 2);
-          if (stream) spikes_as<true>(out + j, fires(cell, u));
-          else spikes_as<false>(out + j, fires(cell, u));
+          const auto fired = fires(cell, u);
+          if (f.packed) {
+            const uint32_t bits = mask_bits(fired) << (j % 8);
+            to[j / 8] = static_cast<uint8_t>((j % 8 == 0 ? 0 : to[j / 8]) | bits);
+            if constexpr (lanes_of<S, V> > 8) to[j / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+          } else if (stream) {
+            spikes_as<true>(out + j, fired);
+          } else {
+            spikes_as<false>(out + j, fired);
+          }
           store_as<false>(v + j, after_reset(cell, u));
         });
       }
@@ -313,14 +352,16 @@ void recompute(const BnttBackward& f, const Group& group, D& desk, typename Stat
     const E* x = static_cast<const E*>(f.current) + t * slice + origin;
     set_normalisation(desk, group, f.mean, f.var, f.weight, t * shape.channels + group.first, f.eps);
     const int64_t next = t + 2 < shape.steps ? 2 * slice : 0;
+    const auto neuron = desk.neuron();
+    const auto mean = desk.mean.view(), scale = desk.scale.view();
     for (int64_t o = 0; o < shape.outer; ++o) {
       const E* row = x + o * group.stride;
       S* v = state + o * group.width;
       S* u_row = us + (t * shape.outer + o) * group.width;
       over_row<S>(group.width, [&](auto value, int64_t j) PYACCEL_LAMBDA_INLINE {
         using V = decltype(value);
-        const Cell<V> cell = desk.template cell<V>(f.neuron, j);
-        const V y = (load_as<V>(row + j) - desk.mean.template get<V>(j)) * desk.scale.template get<V>(j);
+        const Cell<V> cell = neuron.template cell<V>(j);
+        const V y = (load_as<V>(row + j) - mean.template get<V>(j)) * scale.template get<V>(j);
         const V u = integrate(cell, load_as<V>(v + j), y);
         __builtin_prefetch(row + next + j, 0, 2);
         store_as<false>(u_row + j, u);
@@ -335,16 +376,17 @@ template <class E, class D>
 PYACCEL_INLINE void input_gradient(const BnttShape& shape, const Group& group, const D& desk, const E* x, E* gx,
                                    const typename StateOf<E>::type* deltas, bool batch_statistics, bool stream) {
   using S = typename StateOf<E>::type;
+  const auto mean = desk.mean.view(), scale = desk.scale.view(), slope = desk.slope.view(), offset = desk.offset.view();
   for (int64_t o = 0; o < shape.outer; ++o) {
     const E* row = x + o * group.stride;
     E* out = gx + o * group.stride;
     const S* delta = deltas + o * group.width;
     over_row<S>(group.width, [&](auto value, int64_t j) PYACCEL_LAMBDA_INLINE {
       using V = decltype(value);
-      V result = desk.scale.template get<V>(j) * load_as<V>(delta + j);
+      V result = scale.template get<V>(j) * load_as<V>(delta + j);
       if (batch_statistics) {
-        const V centred = load_as<V>(row + j) - desk.mean.template get<V>(j);
-        result = result + (desk.slope.template get<V>(j) * centred + desk.offset.template get<V>(j));
+        const V centred = load_as<V>(row + j) - mean.template get<V>(j);
+        result = result + (slope.template get<V>(j) * centred + offset.template get<V>(j));
       }
       if (stream) store_as<true>(out + j, result);
       else store_as<false>(out + j, result);
@@ -379,6 +421,8 @@ void backward(const BnttBackward& f, const Phi& phi) {
       set_normalisation(desk, group, f.mean, f.var, f.weight, at, f.eps);
       Sums<S, columns.value, terms> sums{group, desk.partial, desk.totals};
       sums.clear();
+      const auto neuron = desk.neuron();
+      const auto mean = desk.mean.view();
       for (int64_t o = 0; o < shape.outer; ++o) {
         const E* row = x + o * group.stride;
         const E* g_row = g != nullptr ? g + o * group.stride : nullptr;
@@ -387,16 +431,16 @@ void backward(const BnttBackward& f, const Phi& phi) {
         const S* memory = f.membrane != nullptr ? static_cast<const S*>(f.membrane) + o * group.stride + origin : nullptr;
         over_row<S>(group.width, [&](auto value, int64_t j) PYACCEL_LAMBDA_INLINE {
           using V = decltype(value);
-          const Cell<V> cell = desk.template cell<V>(f.neuron, j);
-          const V inverse = desk.inverse.template get<V>(j);
+          const Cell<V> cell = neuron.template cell<V>(j);
+          const V inverse = neuron.inverse.template get<V>(j);
           const V u = load_as<V>(u_row + j), held = load_as<V>(carried + j);
           const V gs = g_row != nullptr ? load_as<V>(g_row + j) : V{};
           const V dv = last ? held : cell.leak * held;
-          const V delta = back(cell, phi, inverse, u, gs, dv);
+          const V delta = back<!learnable>(cell, phi, inverse, u, gs, dv);
           if (g_row != nullptr) __builtin_prefetch(g_row + before + j, 0, 2);
           __builtin_prefetch(row + before + j, 0, 2);
           sums.add(0, j, delta);
-          sums.add(1, j, delta * (load_as<V>(row + j) - desk.mean.template get<V>(j)));
+          sums.add(1, j, delta * (load_as<V>(row + j) - mean.template get<V>(j)));
           if constexpr (learnable) {
             const V v = t > 0 ? after_reset(cell, load_as<V>(u_row + j - size)) : memory != nullptr ? load_as<V>(memory + j) : V{};
             sums.add(2, j, delta * v);
@@ -427,11 +471,12 @@ void backward(const BnttBackward& f, const Phi& phi) {
         input_gradient<E>(shape, group, desk, x, static_cast<E*>(f.grad_current) + t * slice + origin, state, f.batch_statistics, stream);
     }
     if (f.grad_membrane_in != nullptr) {
+      const auto leak = desk.leak.view();
       for (int64_t o = 0; o < shape.outer && shape.steps > 0; ++o)
         over_row<S>(group.width, [&](auto value, int64_t j) PYACCEL_LAMBDA_INLINE {
           using V = decltype(value);
           S* d = state + o * group.width + j;
-          store_as<false>(d, desk.leak.template get<V>(j) * load_as<V>(d));
+          store_as<false>(d, leak.template get<V>(j) * load_as<V>(d));
         });
       scatter(state, f.grad_membrane_in, shape, group);
     }
@@ -463,7 +508,7 @@ void bntt_forward(const BnttForward& f) {
 }
 
 void bntt_backward(const BnttBackward& f) {
-  const bool learnable = f.grad_leak != nullptr || f.grad_threshold != nullptr;
+  const bool learnable = f.grad_leak != nullptr || f.grad_threshold != nullptr || !f.neuron.detach_reset;
   with_element(f.shape.dtype, [&](auto e) {
     with_flag(learnable, [&](auto extra) {
       using E = decltype(e);

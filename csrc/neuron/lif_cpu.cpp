@@ -19,7 +19,11 @@
 namespace pyaccel::neuron::PYACCEL_ISA {
 namespace {
 
-constexpr int64_t kSteps = 4;
+// Steps of one group. On Zen 3 more than two stall: rows are often a multiple of 4 KiB apart, and a load whose low
+// address bits are those of a store in flight waits for it.
+constexpr int64_t kSteps = PYACCEL_VECTOR_BYTES == 64 ? 4 : 2;
+// Rows of the scratch lie this much more than a block apart, or they too would share their low address bits.
+constexpr int64_t kPad = 32;
 // One tensor larger than this leaves the caches before anybody reads it: write past them.
 constexpr int64_t kStreamBytes = 12 << 20;
 
@@ -29,9 +33,12 @@ PYACCEL_INLINE void prefetch(const E* p) {
 }
 
 // ---------------------------------------------------------------------------------------------------- forward
-template <class V, int width, bool delay, bool stream, class E, class P>
-PYACCEL_INLINE void advance(const P& parameters, const E* x, const E* ahead, E* s, int64_t row, int64_t steps,
-                            typename StateOf<E>::type* state, int64_t j) {
+// Where spikes go: as values, as values past the caches, as bits.
+enum class Out { plain, past, packed };
+
+template <class V, int width, bool delay, Out out, class E, class P>
+PYACCEL_INLINE void advance(const P& parameters, const E* x, const E* ahead, E* s, uint8_t* bytes, int64_t row, int64_t bytes_a_row,
+                            int64_t steps, typename StateOf<E>::type* state, int64_t j) {
   using S = typename StateOf<E>::type;
   constexpr int lanes = lanes_of<S, V>;
   constexpr int per_line = std::max(1, 64 / static_cast<int>(lanes * sizeof(E)));
@@ -40,19 +47,22 @@ PYACCEL_INLINE void advance(const P& parameters, const E* x, const E* ahead, E* 
   for (int r = 0; r < width; ++r) v[r] = load_as<V>(state + j + r * lanes);
   for (int64_t k = 0; k < steps; ++k) {
     const int64_t at = k * row + j;
+    uint32_t bits = 0;
 #pragma GCC unroll 8
     for (int r = 0; r < width; ++r) {
       const Cell<V> cell = parameters.template cell<V>(j + r * lanes);
       const V in = load_as<V>(x + at + r * lanes);
       if (width > 1 && r % per_line == 0) prefetch(ahead + at + r * lanes);
-      if constexpr (delay) {
-        spikes_as<stream>(s + at + r * lanes, fires(cell, v[r]));
-        v[r] = delayed_step(cell, v[r], in);
-      } else {
-        const V u = integrate(cell, v[r], in);
-        spikes_as<stream>(s + at + r * lanes, fires(cell, u));
-        v[r] = after_reset(cell, u);
-      }
+      const V u = delay ? v[r] : integrate(cell, v[r], in);
+      const auto fired = fires(cell, u);
+      if constexpr (out == Out::packed) bits |= mask_bits(fired) << (r * lanes % 32);
+      else spikes_as<out == Out::past>(s + at + r * lanes, fired);
+      v[r] = delay ? delayed_step(cell, u, in) : after_reset(cell, u);
+    }
+    if constexpr (out == Out::packed) {
+      uint8_t* to = bytes + k * bytes_a_row + j / 8;
+      if constexpr (lanes > 1) std::memcpy(to, &bits, static_cast<size_t>(lanes * width / 8));
+      else *to = static_cast<uint8_t>((j % 8 == 0 ? 0 : *to) | bits << (j % 8));
     }
   }
 #pragma GCC unroll 8
@@ -97,10 +107,10 @@ PYACCEL_INLINE Parameters<S, per_channel> parameters_of(const Sequence& sequence
   return p;
 }
 
-template <class E, bool per_channel, bool delay, bool stream>
+template <class E, bool per_channel, bool delay, Out out>
 void forward(const LifForward& f, int64_t block, int threads) {
   using S = typename StateOf<E>::type;
-  const int64_t row = f.sequence.neurons, T = f.sequence.steps;
+  const int64_t row = f.sequence.neurons, T = f.sequence.steps, bytes_a_row = (row + 7) / 8;
   const int64_t blocks = (row + block - 1) / block;
   parallel_shares(blocks, threads, [&](int64_t begin, int64_t end, int) {
     S* state = static_cast<S*>(scratch(0, static_cast<size_t>(3 * block) * sizeof(S)));
@@ -108,7 +118,8 @@ void forward(const LifForward& f, int64_t block, int threads) {
       const int64_t first = b * block, count = std::min(block, row - first);
       const auto parameters = parameters_of<S, per_channel>(f.sequence, f.neuron, first, count, state + block);
       const E* x = static_cast<const E*>(f.current) + first;
-      E* s = static_cast<E*>(f.spikes) + first;
+      E* s = out == Out::packed ? nullptr : static_cast<E*>(f.spikes) + first;
+      uint8_t* bytes = out == Out::packed ? static_cast<uint8_t*>(f.spikes) + first / 8 : nullptr;
       start_state(state, f.membrane, first, count);
       for (int64_t t = 0; t < T;) {
         if (f.checkpoint_every > 0 && t > 0 && t % f.checkpoint_every == 0)
@@ -118,13 +129,15 @@ void forward(const LifForward& f, int64_t block, int threads) {
         // What comes after this group: its next rows, or the first rows of the next block.
         const E* ahead = t + 2 * steps <= T ? x + (t + steps) * row : b + 1 < end ? x + count : x;
         over_block<S>(count, [&](auto v, auto width, int64_t j) PYACCEL_LAMBDA_INLINE {
-          advance<decltype(v), width.value, delay, stream>(parameters, x + t * row, ahead, s + t * row, row, steps, state, j);
+          advance<decltype(v), width.value, delay, out>(parameters, x + t * row, ahead, s == nullptr ? s : s + t * row,
+                                                        bytes == nullptr ? bytes : bytes + t * bytes_a_row, row, bytes_a_row, steps,
+                                                        state, j);
         });
         t += steps;
       }
       std::memcpy(static_cast<S*>(f.membrane_out) + first, state, static_cast<size_t>(count) * sizeof(S));
     }
-    if (stream) finish_streams();
+    if (out == Out::past) finish_streams();
   });
 }
 
@@ -192,9 +205,9 @@ PYACCEL_INLINE void retreat(const P& parameters, const Phi& phi, const E* g, E* 
       V out, next;
       if constexpr (delay) {
         out = d[r];
-        next = delayed_back(cell, phi, inverse, u, gs, d[r]);
+        next = delayed_back<!partial>(cell, phi, inverse, u, gs, d[r]);
       } else {
-        out = back(cell, phi, inverse, u, gs, d[r]);
+        out = back<!partial>(cell, phi, inverse, u, gs, d[r]);
         next = cell.leak * out;
       }
       if (stream) store_as<true>(gx + k * row + i, out);
@@ -267,7 +280,8 @@ void backward(const LifBackward& f, const Phi& phi, int64_t block, bool stream, 
   const int64_t blocks = (row + block - 1) / block;
   parallel_shares(blocks, threads, [&](int64_t begin, int64_t end, int) {
     S* state = static_cast<S*>(scratch(0, static_cast<size_t>(7 * block) * sizeof(S)));
-    S* us = static_cast<S*>(scratch(1, static_cast<size_t>(block * segment) * sizeof(S)));
+    const int64_t us_row = block + kPad;
+    S* us = static_cast<S*>(scratch(1, static_cast<size_t>(us_row * segment) * sizeof(S)));
     S* dstate = state + 2 * block;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block, count = std::min(block, row - first);
@@ -284,7 +298,7 @@ void backward(const LifBackward& f, const Phi& phi, int64_t block, bool stream, 
         const int64_t index = (t1 - 1) / segment, t0 = index * segment;
         const void* from = index == 0 ? f.membrane : static_cast<const S*>(f.checkpoints) + (index - 1) * row;
         start_state(state, from, first, count);
-        backward_segment<E, delay, partial>(parameters, phi, f, stream, first, count, t0, t1, us, block, state, dstate, partials);
+        backward_segment<E, delay, partial>(parameters, phi, f, stream, first, count, t0, t1, us, us_row, state, dstate, partials);
         t1 = t0;
       }
       const size_t bytes = static_cast<size_t>(count) * sizeof(S);
@@ -313,13 +327,16 @@ bool has_channels(const Neuron& neuron) { return neuron.leak.per_channel != null
 
 void lif_forward(const LifForward& f) {
   const int64_t bytes = f.sequence.steps * f.sequence.neurons * size_of(f.sequence.dtype);
-  const bool stream = bytes > kStreamBytes && can_stream(f.spikes, f.sequence);
+  const bool past = !f.packed && bytes > kStreamBytes && can_stream(f.spikes, f.sequence);
   const int64_t block = fitted(bytes > kStreamBytes ? 4096 : 1024, f.sequence.neurons);
   const int threads = threads_for(2 * bytes, (f.sequence.neurons + block - 1) / block);
   with_element(f.sequence.dtype, [&](auto e) {
     with_flag(has_channels(f.neuron), [&](auto per_channel) {
       with_flag(f.neuron.delay, [&](auto delay) {
-        with_flag(stream, [&](auto past) { forward<decltype(e), per_channel.value, delay.value, past.value>(f, block, threads); });
+        using E = decltype(e);
+        if (f.packed) forward<E, per_channel.value, delay.value, Out::packed>(f, block, threads);
+        else if (past) forward<E, per_channel.value, delay.value, Out::past>(f, block, threads);
+        else forward<E, per_channel.value, delay.value, Out::plain>(f, block, threads);
       });
     });
   });
@@ -329,13 +346,13 @@ void lif_backward(const LifBackward& f) {
   const int64_t bytes = f.sequence.steps * f.sequence.neurons * size_of(f.sequence.dtype);
   const bool large = bytes > kStreamBytes;
   const bool stream = large && can_stream(f.grad_current, f.sequence);
-  // u of a block must stay in L2: 200 to 400 KB.
+  // u of a block must stay in L2, beside what is prefetched into it.
   const int64_t segment = std::max<int64_t>(1, f.checkpoint_every > 0 ? f.checkpoint_every : f.sequence.steps);
-  const int64_t wanted = 256 * 1024 / (segment * size_of(state_of(f.sequence.dtype))) / 256 * 256;
+  const int64_t wanted = 128 * 1024 / (segment * size_of(state_of(f.sequence.dtype))) / 256 * 256;
   const int64_t block = fitted(std::clamp<int64_t>(wanted, 512, 2048), f.sequence.neurons);
   const int threads = threads_for(3 * bytes, (f.sequence.neurons + block - 1) / block);
-  // Learnable neurons share one instantiation: per-neuron parameter arrays, partial gradients, any surrogate.
-  const bool partial = f.grad_leak != nullptr || f.grad_threshold != nullptr || has_channels(f.neuron);
+  // Learnable neurons and resets with gradient share one instantiation: per-neuron parameter arrays, any surrogate.
+  const bool partial = f.grad_leak != nullptr || f.grad_threshold != nullptr || has_channels(f.neuron) || !f.neuron.detach_reset;
   with_element(f.sequence.dtype, [&](auto e) {
     with_flag(f.neuron.delay, [&](auto delay) {
       with_flag(partial, [&](auto learnable) {

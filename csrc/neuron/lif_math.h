@@ -57,7 +57,7 @@ PYACCEL_HD V delayed_step(const Cell<V>& c, V u, V x) {
 // scale and width are folded once: see Slope.
 template <class V>
 PYACCEL_HD V magnitude(V a) {
-  return a < V{} ? -a : a;
+  return a > -a ? a : -a;
 }
 
 template <class S>
@@ -69,23 +69,29 @@ struct Slope {
   // `inverse` = 1 / threshold.
   template <class V>
   PYACCEL_HD V operator()(V u, V inverse) const {
-    const V a = u * inverse - S(1);
     if constexpr (kind == Surrogate::triangle) {
-      const V height = S(1) - magnitude(a) * (S(1) / width);
-      return (height > V{} ? height : V{}) * (scale * inverse);  // NaN: no slope
-    } else if constexpr (kind == Surrogate::rectangle) {
-      const V level = (scale / width) * inverse;
-      return magnitude(a) < V{} + width * S(0.5) ? level : V{};
-    } else if constexpr (kind == Surrogate::atan) {
-      const V z = a * (S(1.57079632679489661923) * width);
-      return (scale * width * S(0.5)) * inverse / (z * z + S(1));
-    } else if constexpr (kind == Surrogate::sigmoid) {
-      const V e = exp_of(-(magnitude(a) * width));  // sig*(1 - sig) = e / (1 + e)^2, even in a, no overflow
-      const V d = e + S(1);
-      return (scale * width) * inverse * e / (d * d);
+      // The lower of a rising and a falling line, cut off at 0: five operations. What does not depend on u is hoisted.
+      const V level = inverse * scale;
+      const V rise = level * inverse * (S(1) / width), left = level * (S(1) - S(1) / width), right = level * (S(1) + S(1) / width);
+      const V z = u * rise, up = z + left, down = right - z;
+      const V lower = up < down ? up : down;
+      return lower > V{} ? lower : V{};  // NaN: no slope
     } else {
-      const V d = magnitude(a) * width + S(1);
-      return scale * inverse / (d * d);
+      const V a = u * inverse - S(1);
+      if constexpr (kind == Surrogate::rectangle) {
+        const V level = (scale / width) * inverse;
+        return magnitude(a) < V{} + width * S(0.5) ? level : V{};
+      } else if constexpr (kind == Surrogate::atan) {
+        const V z = a * (S(1.57079632679489661923) * width);
+        return (scale * width * S(0.5)) * inverse / (z * z + S(1));
+      } else if constexpr (kind == Surrogate::sigmoid) {
+        const V e = exp_of(-(magnitude(a) * width));  // sig*(1 - sig) = e / (1 + e)^2, even in a, no overflow
+        const V d = e + S(1);
+        return (scale * width) * inverse * e / (d * d);
+      } else {
+        const V d = magnitude(a) * width + S(1);
+        return scale * inverse / (d * d);
+      }
     }
   }
 };
@@ -108,18 +114,19 @@ struct AnySlope {
 };
 
 // One step back. `dv`: gradient of the state after step t; returns delta = dL/du[t].
-template <class V, class Phi>
+// detached: the caller knows that through_u and through_one are 0.
+template <bool detached = false, class V, class Phi>
 PYACCEL_HD V back(const Cell<V>& c, const Phi& phi_of, V inverse, V u, V g, V dv) {
-  const V reduced = g - dv * (c.through_u * u + c.through_one);
+  const V reduced = detached ? g : g - dv * (c.through_u * u + c.through_one);
   return reduced * phi_of(u, inverse) + (fires(c, u) ? c.keep * dv : dv);
 }
 
 // The delayed neuron's step back: `u` is u[t-1], `du` = dL/du[t]; returns dL/du[t-1].
 // Its reset acts on leak*u (hard) and on u[t] (soft), hence the leak beside through_u.
-template <class V, class Phi>
+template <bool detached = false, class V, class Phi>
 PYACCEL_HD V delayed_back(const Cell<V>& c, const Phi& phi_of, V inverse, V u, V g, V du) {
   const V leaked = c.leak * du;
-  const V reduced = g - (leaked * c.through_u * u + du * c.through_one);
+  const V reduced = detached ? g : g - (leaked * c.through_u * u + du * c.through_one);
   return reduced * phi_of(u, inverse) + (fires(c, u) ? c.keep * leaked : leaked);
 }
 

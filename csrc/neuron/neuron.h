@@ -96,8 +96,13 @@ struct BnttForward {
   void* var = nullptr;             // [T, C]
   void* spikes = nullptr;
   void* membrane_out = nullptr;
-  bool packed = false;  // spikes as bits in memory order, rows padded to bytes
+  bool packed = false;  // spikes as bits in memory order, rows padded to bytes; see packs_in_place
 };
+
+// Whether the kernel can write packed spikes: the channels of a thread must start and end on whole bytes.
+constexpr bool packs_in_place(const BnttShape& s) {
+  return s.inner > 0 && (s.inner % 8 == 0 || (8 % s.inner == 0 && s.channels * s.inner % 8 == 0));
+}
 
 // Sums over (o, i): S1 = sum delta, S2 = sum delta*(x - mean).  dweight = S2 / sqrt(var + eps);
 // batch statistics: gx = p*(delta - S1/n - (x - mean)*S2/(n*(var + eps))), p = weight / sqrt(var + eps); given: gx = p*delta.
@@ -133,6 +138,49 @@ struct BnttStatistics {
   const void* current = nullptr;
   void* mean = nullptr;
   void* var = nullptr;
+};
+
+// The delayed neuron with the spike-time surrogate (STDB, 2005.01807): ds/du = alpha * exp(-beta * since) / threshold,
+// since = steps from the neuron's last spike to this step (999 + t while it has none). It depends on spike times alone:
+// backward reads one bit a neuron-step and no membrane.
+// `fp32_underflow`: alpha * exp(-since)^beta as the official code rounds it in float32: 0 from 104 on.
+enum class StdbForm : int32_t { exact, fp32_underflow };
+
+struct StdbForward {
+  Sequence sequence;
+  double leak = 1, threshold = 1;
+  const void* current = nullptr;
+  const void* membrane = nullptr;  // or null: zeros
+  const int32_t* since = nullptr;  // [N], or null: 999
+  void* spikes = nullptr;
+  void* membrane_out = nullptr;
+  int32_t* since_out = nullptr;
+  uint8_t* bits = nullptr;  // [T, ceil(N / 8)] spikes for backward, or null
+};
+
+// delta[T-1] = grad_membrane;  delta[t-1] = g[t]*phi[t] + leak*delta[t];  gx = delta.
+struct StdbBackward {
+  Sequence sequence;
+  double leak = 1, threshold = 1, alpha = 0.3, beta = 0.01;
+  StdbForm form = StdbForm::exact;
+  const int32_t* since = nullptr;  // before the first step, or null: 999
+  const uint8_t* bits = nullptr;
+  const void* grad_spikes = nullptr;    // or null
+  const void* grad_membrane = nullptr;  // or null
+  void* grad_current = nullptr;
+  void* grad_membrane_in = nullptr;  // or null
+};
+
+// Spikes as bits: rows of `length` values <-> `planes` bit planes [planes, rows, ceil(length / 8)], element i in bit i % 8
+// of byte i / 8. Plane k holds bit k of an integer code:
+// 1: nonzero (binary spikes); 2: v in two's complement (signed spikes); 3: 4*v (2x2-pooled spikes); 4: 4*v in two's
+// complement (pooled signed spikes). Unpacking gives the values back exactly.
+struct Planes {
+  Dtype dtype;
+  int planes = 1;
+  int64_t rows = 0, length = 0;
+  const void* from = nullptr;
+  void* to = nullptr;
 };
 
 // spikes[t, b, p] = sign(x) where U < floor(min(gain*|x|, 1) * 2^32), U the Philox word of (t, sample, pixel).

@@ -1,4 +1,4 @@
-"""Numbers of real devices, each with its symbol, unit, range and source, and how networks map onto them."""
+"""Numbers of real devices: dataclasses that name symbol, unit and source of every constant."""
 
 from pyaccel.hardware.crossbar import CrossbarConfig
 

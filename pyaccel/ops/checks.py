@@ -25,6 +25,8 @@ def floating(op: str, name: str, tensor: object, minimum: int, wanted: str) -> N
     """`tensor` is a floating tensor with at least `minimum` dimensions."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor {wanted}, got {shape_of(tensor)}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {tensor.layout}; convert it with .to_dense()")
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}; convert it with .float()"
@@ -50,10 +52,14 @@ def number(op: str, name: str, value: object, *, above: float | None = None) -> 
     """A finite float, greater than `above`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (above is not None and value <= above):
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
+    if not math.isfinite(number) or (above is not None and number <= above):
         bound = "" if above is None else f" above {above:g}"
         raise ValueError(f"{op}: {name} must be a finite number{bound}, got {value}")
-    return float(value)
+    return number
 
 
 def choice(op: str, name: str, value: object, options: Iterable[str]) -> int:

@@ -44,6 +44,11 @@ def poisson_encode(
         checks.like("poisson_encode", "sample_ids", sample_ids, image.shape[:1], torch.int64, image.device)
     if isinstance(seed, Tensor):
         checks.like("poisson_encode", "seed", seed, (3,), torch.int64, torch.device("cpu"))
+        if stream != 0 or first_step != 0:
+            raise ValueError(
+                "poisson_encode: a seed tensor [seed, stream, first_step] holds stream and first_step, "
+                f"got stream={stream} and first_step={first_step} beside it; leave them out"
+            )
         key = seed
     else:
         checks.whole("poisson_encode", "seed", seed, -(1 << 63), (1 << 64) - 1)
@@ -68,6 +73,8 @@ def _output(image: Tensor, steps: int) -> Tensor:
 
 def _kernel(image, sample_ids, key, gain, steps):
     spikes = _output(image, steps)
+    if spikes.numel() == 0:
+        return spikes
     seed, stream, first_step = key.tolist()
     ids = None if sample_ids is None else sample_ids.contiguous()
     extension._C.neuron.encode(_dense_image(image), ids, seed, stream, first_step, gain, spikes)

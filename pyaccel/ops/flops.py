@@ -2,7 +2,7 @@
 
 A multiplication, addition, subtraction, comparison and a reset count one each: LIF forward 4 a neuron-step (leak, add,
 compare, reset); backward 4 to recompute and 8 to walk back; normalisation adds 2 forward (and 3 for the statistics)
-and 9 backward. The encoder does no floating-point arithmetic worth counting: one product a pixel.
+and 9 backward; STDB 4 forward and 4 backward (the exponential counts one). The encoder does no floating-point arithmetic worth counting: one product a pixel.
 A crossbar tile M x N, M >= N, takes M N (N + M) / 2 multiply-adds, two operations each; its gradient repeats them and adds
 two products of N x N with N x M a row. The tiled product counts as the GEMM that it is, twice where arrays are read apart.
 """
@@ -26,6 +26,11 @@ _formula("lif", 0, 4)
 _formula("lif_backward", 2, 12)
 _formula("bntt_lif", 0, 4 + 5)
 _formula("bntt_lif_backward", 2, 12 + 9)
+_formula("lif_packed", 0, 4)
+_formula("bntt_lif_packed", 0, 4 + 5)
+_formula("bntt_statistics", 0, 3)
+_formula("stdb_lif", 0, 4)
+_formula("stdb_lif_backward", 0, 4)
 _formula("poisson_encode", 0, 1)
 
 

@@ -28,8 +28,8 @@ def register(
     """Define `pyaccel::<schema>` and return its default overload.
 
     `kernel` runs on the devices that the compiled module has kernels for; on any other device `fallback` (plain torch)
-    runs, after one warning that says why. `backward=None`: the operator is itself a gradient, and differentiating it
-    is refused.
+    runs, after one warning that says why. `backward=None`: the operator is itself a gradient (or its output is bits),
+    and differentiating it is refused.
     """
     name = schema.split("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -48,8 +48,8 @@ def register(
 def _refuse_double_backward(name: str) -> Callable:
     def backward(ctx, *grads):
         raise NotImplementedError(
-            f"pyaccel::{name} is a gradient and cannot be differentiated again: spikes have no second derivative. "
-            "Call backward() without create_graph=True, or use pyaccel.reference, whose surrogates torch can differentiate."
+            f"pyaccel::{name} cannot be differentiated: it is a gradient already, and spikes have no second derivative, or its "
+            "output is bits. Call backward() without create_graph=True, or use the plain-torch twins in pyaccel.reference."
         )
 
     return backward
@@ -60,9 +60,18 @@ def _warned(name: str, fallback: Callable) -> Callable:
     def run(*args):
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         warn_once(device)
-        return fallback(*args)
+        with _recording():
+            return fallback(*args)
 
     return run
+
+
+def _recording():
+    """Lets autograd record inside an operator's kernel, where torch excludes its keys: a gradient's fallback differentiates the twin."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradOther", "AutogradNestedTensor", "AutogradCPU", "AutogradCUDA", "AutogradMPS", "AutogradXPU"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 @functools.cache

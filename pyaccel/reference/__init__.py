@@ -1,7 +1,7 @@
 """Plain-torch twins of every kernel, written for reading: same names and arguments as in `pyaccel.ops`."""
 
 from pyaccel.reference.crossbar import crossbar_matmul, crossbar_matrix, quantize
-from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, surrogate_slope
+from pyaccel.reference.neuron import bntt_lif, lif, poisson_encode, stdb_lif, surrogate_slope
 from pyaccel.reference.philox import philox, philox_normal
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "philox_normal",
     "poisson_encode",
     "quantize",
+    "stdb_lif",
     "surrogate_slope",
 ]

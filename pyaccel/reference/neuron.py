@@ -20,6 +20,8 @@ SURROGATES = {
     "fast_sigmoid": (1.0, 25.0),
 }
 RESETS = ("soft", "hard", "none")
+STDB_FORMS = ("exact", "fp32_underflow")
+NEVER = 999  # steps since the last spike of a neuron that has not fired: the official code starts at step -1000
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,6 +113,69 @@ def lif(
     return (torch.stack(spikes) if spikes else torch.empty_like(current)), u
 
 
+def stdb_slope(since: Tensor, threshold: float, alpha: float, beta: float, form: str, dtype: torch.dtype) -> Tensor:
+    """ds/du of the spike-time surrogate: alpha * exp(-beta * since) / threshold, or as float32 rounds exp(-since)^beta."""
+    if form == "exact":
+        return (alpha / threshold) * torch.exp(-beta * since.to(dtype))
+    # Two factors, so that the result is rounded to float32's subnormals even where the processor flushes them to zero.
+    held = torch.round(torch.exp(-since.double()) * 2.0**149) * 2.0**-149
+    held = torch.where(since < 88, torch.exp(-since.double()), held)
+    return (alpha / threshold) * (held**beta).to(dtype)
+
+
+def stdb_lif(
+    current: Tensor,
+    membrane: Tensor | None = None,
+    since: Tensor | None = None,
+    *,
+    leak: float = 1.0,
+    threshold: float = 1.0,
+    alpha: float = 0.3,
+    beta: float = 0.01,
+    form: str = "exact",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of `pyaccel.ops.stdb_lif`, which documents it."""
+    state = state_dtype(current.dtype)
+    u = current.new_zeros(current.shape[1:], dtype=state) if membrane is None else membrane
+    since = torch.full(current.shape[1:], NEVER, dtype=torch.int32, device=current.device) if since is None else since
+    spikes = []
+    for x in current.to(state).unbind(0):
+        slope = stdb_slope(since, threshold, alpha, beta, form, state)
+        hard = (u.detach() > threshold).to(state)
+        s = hard + slope * (u - u.detach())  # the value of the spike, the derivative of the surrogate
+        u = leak * u + x - threshold * hard
+        since = torch.where(hard > 0, 1, since + 1).to(torch.int32)
+        spikes.append(s.to(current.dtype))
+    return (torch.stack(spikes) if spikes else torch.empty_like(current)), u, since
+
+
+def stdb_backward(
+    spikes: Tensor,
+    since: Tensor | None,
+    grad_spikes: Tensor,
+    grad_membrane: Tensor | None,
+    *,
+    leak: float,
+    threshold: float,
+    alpha: float,
+    beta: float,
+    form: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `stdb_lif`'s current and membrane from its spikes alone (2005.01807; delta[t-1] = g[t]*phi[t] + leak*delta[t])."""
+    state = state_dtype(grad_spikes.dtype)
+    since = torch.full(spikes.shape[1:], NEVER, dtype=torch.int32, device=spikes.device) if since is None else since
+    slopes = []
+    for s in spikes.unbind(0):
+        slopes.append(stdb_slope(since, threshold, alpha, beta, form, state))
+        since = torch.where(s > 0, 1, since + 1).to(torch.int32)
+    delta = torch.zeros_like(slopes[0]) if grad_membrane is None else grad_membrane
+    gradients = []
+    for g, slope in zip(reversed(grad_spikes.to(state).unbind(0)), reversed(slopes), strict=True):
+        gradients.append(delta)
+        delta = g * slope + leak * delta
+    return torch.stack(gradients[::-1]).to(grad_spikes.dtype), delta
+
+
 def bntt_lif(
     current: Tensor,
     weight: Tensor,
@@ -129,7 +194,7 @@ def bntt_lif(
     if mean is None or var is None:
         mean = x.mean(over)
         var = ((x - _grid(mean, x)) ** 2).mean(over)
-    scale = weight * (1 / torch.sqrt(var + eps))
+    scale = weight * torch.rsqrt(var + eps)
     y = (x - _grid(mean, x)) * _grid(scale, x)
     spikes, membrane = lif(y, membrane, leak=leak, threshold=threshold, **neuron)
     return spikes.to(current.dtype), membrane, mean, var
