@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from torch import nn
 
-from pyaccel.models.spiking import SpikingLayer, SpikingVgg
-from pyaccel.models.vgg import DESCRIPTIONS, VggNet
+from pyaccel.models import cacl, resnet, vgg
+from pyaccel.models.cacl import Cacl, CaclNet
+from pyaccel.models.checkpoints import load_official
+from pyaccel.models.resnet import ResidualNet, ResNet
+from pyaccel.models.spiking import SpikingLayer, SpikingNetwork, SpikingVgg
+from pyaccel.models.spiking_resnet import SpikingBlock, SpikingResNet
+from pyaccel.models.vgg import Vgg, VggNet
 
-__all__ = ["SpikingLayer", "SpikingVgg", "VggNet", "build", "list_models"]
+__all__ = [
+    "DESCRIPTIONS",
+    "CaclNet",
+    "ResidualNet",
+    "SpikingBlock",
+    "SpikingLayer",
+    "SpikingNetwork",
+    "SpikingResNet",
+    "SpikingVgg",
+    "VggNet",
+    "build",
+    "list_models",
+    "load_official",
+]
+
+DESCRIPTIONS: dict[str, Vgg | ResNet | Cacl] = {**vgg.DESCRIPTIONS, **resnet.DESCRIPTIONS, **cacl.DESCRIPTIONS}
+ARTIFICIAL = {Vgg: VggNet, ResNet: ResidualNet, Cacl: CaclNet}
+SPIKING = {Vgg: SpikingVgg, ResNet: SpikingResNet}
 
 
 def list_models() -> list[str]:
@@ -29,16 +51,26 @@ def build(
     Args:
         spiking: the spiking or the artificial form; None: spiking for the names ending in `_bntt`.
         width: every hidden layer this many times as wide.
-        options: spiking: `steps`, `leak`, `threshold`, `norm` ("bntt", "shared", "none"), `gain` and `seed` of the
-            encoder, and the neuron's (`reset`, `surrogate`, ...; see `nn.LIF`); artificial: `norm` ("batch", "none").
+        options: spiking: `steps`, `leak`, `threshold`, `neuron` ("bntt", "lif", "delayed", "stdb"), `norm` ("bntt",
+            "shared", "none"), `gain`, `mean_readout`, `dropout`, `seed` and the neuron's own (see `SpikingNetwork`);
+            artificial: `norm` ("batch", "none"), `dropout`, and of a VGG `pool` ("average", "max"). `dropout`: two
+            probabilities, after convolutions where the network has dropout, and after hidden fully connected layers
+            (`cacl_net`: one number).
 
     Raises:
-        ValueError: an unknown name (the message lists the known ones), or images too small for the network.
+        ValueError: an unknown name (the message lists the known ones), images too small for the network, a form that a
+            network does not have.
     """
     if name not in DESCRIPTIONS:
         raise ValueError(f"unknown model {name!r}; known are {', '.join(list_models())}")
+    if not width > 0:
+        raise ValueError(f"width must be positive, got {width}")
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise ValueError(f"input_shape must be (channels, height, width), got {tuple(input_shape)}")
     description = DESCRIPTIONS[name].scaled(width)
     if spiking is None:
         spiking = name.endswith("_bntt")
-    network = SpikingVgg if spiking else VggNet
+    network = (SPIKING if spiking else ARTIFICIAL).get(type(description))
+    if network is None:
+        raise ValueError(f"{name} has no spiking form: build it with spiking=False")
     return network(description, input_shape=tuple(input_shape), classes=classes, **options)

@@ -2,95 +2,214 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from pyaccel.models.vgg import Layer, Vgg
-from pyaccel.nn import BNTTLIF, LIF, PoissonEncoder, SpikeAvgPool2d, every_step
+from pyaccel.models.dropout import HeldDropout
+from pyaccel.models.form import Form
+from pyaccel.models.layer import Layer, start_artificial
+from pyaccel.models.vgg import Vgg
+from pyaccel.nn import BNTTLIF, LIF, STDBLIF, PoissonEncoder, SpikeAvgPool2d, every_step
 
 NORMS = ("bntt", "shared", "none")
+NEURONS = ("bntt", "lif", "delayed", "stdb")
+
+
+class BalancedLIF(LIF):
+    """`LIF` whose threshold is a buffer, set by threshold balancing and saved with the model (as in `STDBLIF`)."""
+
+    def __init__(self, leak: float = 1.0, threshold: float = 1.0, **options):
+        super().__init__(leak, threshold, **options)
+        if isinstance(self.threshold, nn.Parameter):
+            raise ValueError("a delayed neuron holds its threshold in a buffer: use neuron='lif' with learn_threshold")
+        del self.threshold
+        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float64))
+
+
+def make_neuron(neuron: str, channels: int, steps: int, leak: float, threshold: float, **options) -> nn.Module:
+    if neuron == "bntt":
+        return BNTTLIF(channels, steps, leak, threshold, **options)
+    if neuron == "lif":
+        return LIF(leak, threshold, **options)
+    if neuron == "delayed":
+        return BalancedLIF(leak, threshold, delay=True, **options)
+    return STDBLIF(leak, threshold, **options)
+
+
+def neuron_and_norm(usual: str, neuron: str | None, norm: str | None) -> tuple[str, str]:
+    """The neuron, one of NEURONS, and the normalisation, one of NORMS, from what was asked for and the usual neuron."""
+    if norm is not None and norm not in NORMS:
+        raise ValueError(f"norm of a spiking network must be one of {', '.join(NORMS)}, got {norm!r}")
+    if neuron is not None and neuron not in NEURONS:
+        raise ValueError(f"neuron of a spiking network must be one of {', '.join(NEURONS)}, got {neuron!r}")
+    if neuron is None:
+        neuron = "bntt" if norm == "bntt" else "lif" if norm is not None and usual == "bntt" else usual
+    if norm is None:
+        norm = "bntt" if neuron == "bntt" else "none"
+    if (neuron == "bntt") != (norm == "bntt"):
+        raise ValueError(f"norm 'bntt' and neuron 'bntt' are one kernel, got norm={norm!r} with neuron={neuron!r}")
+    return neuron, norm
 
 
 class SpikingLayer(nn.Module):
-    """Weights, normalisation and neurons, pooling: `[T, B, ...]` spikes in, `[T, B, ...]` spikes out.
+    """Weights, normalisation and neurons, pooling or dropout: `[T, B, ...]` spikes in, `[T, B, ...]` spikes out.
 
     `norm`: "bntt" (statistics and gain of every step, fused with the neuron), "shared" (one BatchNorm without bias over
-    all steps), "none". `kind`: what spikes come in (see `ops.spike_conv2d`). For backward a layer keeps its current
-    and 1 to 3 bits of each spike it read.
-    """
-
-    def __init__(self, layer: Layer, norm: str, kind: str, *, steps: int, leak: float, threshold: float, **neuron):
-        super().__init__()
-        self.synapse = layer.spike_synapse(kind)
-        self.norm: nn.Module | None = None
-        if norm == "shared":
-            self.norm = (nn.BatchNorm2d if layer.convolution else nn.BatchNorm1d)(layer.outputs, eps=1e-4)
-            self.norm.bias = None
-        if norm == "bntt":
-            self.neuron: nn.Module = BNTTLIF(layer.outputs, steps, leak, threshold, **neuron)
-        else:
-            self.neuron = LIF(leak, threshold, **neuron)
-        self.pool = SpikeAvgPool2d(2) if layer.pooled else None
-
-    def forward(self, spikes: Tensor) -> Tensor:
-        current = self.synapse(spikes)
-        if self.norm is not None:
-            current = every_step(self.norm, current)
-        spikes = self.neuron(current)
-        return spikes if self.pool is None else self.pool(spikes)
-
-
-class SpikingVgg(nn.Module):
-    """A VGG of spiking neurons behind a Poisson encoder (2010.01729).
-
-    `model(images, sample_ids=None, steps=None)` -> logits `[B, classes]`: the mean over time of a linear read-out
-    without leak or spikes. `step_logits(...)` -> `[T, B, classes]`: the same after each step, for accuracy over time.
-    `sample_ids` (int64 `[B]`) make the encoder's draws independent of the batch an image is in.
+    all steps), "none". `kind`: what spikes come in (see `ops.spike_conv2d`). `input_dropout`: with what probability
+    they were dropped; the current is scaled for it. `forward(..., residual=current)` adds a current before the
+    normalisation. For backward a layer keeps its current and 1 to 3 bits of each spike it read.
     """
 
     def __init__(
         self,
-        description: Vgg,
+        layer: Layer,
+        kind: str,
+        *,
+        neuron: str,
+        norm: str,
+        steps: int,
+        leak: float,
+        threshold: float,
+        input_dropout: float = 0.0,
+        seed: int = 0,
+        **options,
+    ):
+        super().__init__()
+        self.synapse = layer.spike_synapse(kind)
+        self.input_dropout = input_dropout
+        self.norm: nn.Module | None = None
+        if norm == "shared":
+            self.norm = (nn.BatchNorm2d if layer.convolution else nn.BatchNorm1d)(layer.outputs, eps=1e-4)
+            self.norm.bias = None
+        self.neuron = make_neuron(neuron, layer.outputs, steps, leak, threshold, **options)
+        self.dropout = HeldDropout(layer.dropout, seed=seed) if layer.dropout else None
+        self.pool = SpikeAvgPool2d(2) if layer.pooled else None
+
+    def forward(self, spikes: Tensor, sample_ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        current = self.synapse(spikes)
+        if self.training and self.input_dropout:
+            current = current / (1 - self.input_dropout)
+        if residual is not None:
+            current = current + residual
+        if self.norm is not None:
+            current = every_step(self.norm, current)
+        spikes = self.neuron(current)
+        if self.dropout is not None:
+            spikes = self.dropout(spikes, sample_ids)
+        return spikes if self.pool is None else self.pool(spikes)
+
+
+class SpikingNetwork(nn.Module):
+    """Spiking features and classifier behind a Poisson encoder, and a linear read-out without leak or spikes.
+
+    `model(images, sample_ids=None, steps=None)` -> logits `[B, classes]`: the read-out's mean over time, or its sum in
+    the networks of 2005.01807. `step_logits(...)` -> `[T, B, classes]`: the same after each step. `sample_ids` (int64
+    `[B]`) make the random draws independent of the batch an image is in.
+
+    Args:
+        neuron: "bntt" (prompt LIF fused with BNTT), "lif" (prompt LIF), "delayed" (the neuron of 2005.01807, which
+            fires on the membrane of the step before) or "stdb" (the delayed neuron with the spike-time surrogate); the
+            last two hold their threshold in a buffer. None: the description's.
+        norm: "bntt", "shared" or "none"; None: what goes with the neuron.
+        steps, leak, gain, mean_readout, dropout: None: the description's (see `Form`).
+        threshold: of every neuron.
+        seed: of the encoder and of dropout.
+        options: of the neuron (`reset`, `surrogate`, `alpha`, ...; see `nn.LIF`, `nn.STDBLIF`).
+    """
+
+    def __init__(
+        self,
+        description,
         *,
         input_shape: tuple[int, int, int],
         classes: int,
-        steps: int = 25,
-        leak: float = 0.95,
+        steps: int | None = None,
+        leak: float | None = None,
         threshold: float = 1.0,
-        norm: str = "bntt",
-        gain: float = 0.5,
+        neuron: str | None = None,
+        norm: str | None = None,
+        gain: float | None = None,
+        mean_readout: bool | None = None,
+        dropout: tuple[float, float] | None = None,
         seed: int = 0,
-        **neuron,
+        **options,
     ):
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm of a spiking network must be one of {', '.join(NORMS)}, got {norm!r}")
-        layers = description.layers(input_shape)
-        kinds = ["signed"] + ["pooled" if layer.pooled else "binary" for layer in layers[:-1]]
-        built = [
-            SpikingLayer(layer, norm, kind, steps=steps, leak=leak, threshold=threshold, **neuron)
-            for layer, kind in zip(layers, kinds, strict=True)
-        ]
-        split = sum(layer.convolution for layer in layers)
+        form: Form = description.form
+        neuron, norm = neuron_and_norm(form.neuron, neuron, norm)
+        steps = form.steps if steps is None else steps
+        leak = form.leak if leak is None else leak
+
+        def make(layer: Layer, kind: str, input_dropout: float = 0.0) -> SpikingLayer:
+            return SpikingLayer(
+                layer, kind, neuron=neuron, norm=norm, steps=steps, leak=leak, threshold=threshold,
+                input_dropout=input_dropout, seed=seed, **options,
+            )  # fmt: skip
+
         self.steps = steps
-        self.encoder = PoissonEncoder(steps, gain, seed=seed)
-        self.features = nn.Sequential(*built[:split])
-        self.classifier = nn.Sequential(*built[split:])
-        self.readout = nn.Linear(layers[-1].outputs, classes, bias=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_uniform_(module.weight, gain=2)  # the official code's choice; BNTT is scale free
+        self.mean_readout = form.mean_readout if mean_readout is None else mean_readout
+        self.encoder = PoissonEncoder(steps, form.gain if gain is None else gain, seed=seed)
+        parts = self.hidden_layers(description, input_shape, dropout, make)
+        features, classifier, outputs, self.readout_dropout = parts
+        self.features = nn.Sequential(*features)
+        self.classifier = nn.Sequential(*classifier)
+        self.readout = nn.Linear(outputs, classes, bias=False)
+        for name, module in self.named_modules():
+            if isinstance(module, HeldDropout):
+                module.stream = zlib.crc32(name.encode())
+        if form.neuron == "bntt":  # the official code's choice; BNTT is scale free
+            for module in self.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    nn.init.xavier_uniform_(module.weight, gain=2)
+        else:
+            start_artificial(self, form)
+
+    def hidden_layers(
+        self, description, input_shape: tuple[int, int, int], dropout, make: Callable[..., SpikingLayer]
+    ) -> tuple[list[nn.Module], list[nn.Module], int, float]:
+        """Features, classifier, how many values the read-out reads, and the probability that one was dropped."""
+        raise NotImplementedError
+
+    def flat(self, spikes: Tensor) -> Tensor:
+        """`[T, B, C, H, W]` of the features as the classifier reads it."""
+        return spikes.flatten(2)
 
     def spikes(self, images: Tensor, sample_ids: Tensor | None = None, steps: int | None = None) -> Tensor:
-        """Spikes of the last hidden layer, `[T, B, features]`."""
-        hidden = self.features(self.encoder(images, sample_ids, steps=steps))
-        return self.classifier(hidden.flatten(2))
+        """What the read-out reads, `[T, B, values]`: spikes of the last hidden layer."""
+        hidden = self.encoder(images, sample_ids, steps=steps)
+        for layer in self.features:
+            hidden = layer(hidden, sample_ids)
+        hidden = self.flat(hidden)
+        for layer in self.classifier:
+            hidden = layer(hidden, sample_ids)
+        if self.training and self.readout_dropout:
+            hidden = hidden / (1 - self.readout_dropout)
+        return hidden
 
     def forward(self, images: Tensor, sample_ids: Tensor | None = None, steps: int | None = None) -> Tensor:
-        # Linear in the spikes, so their mean over time may be taken first.
-        return self.readout(self.spikes(images, sample_ids, steps).mean(0))
+        # Linear in the spikes, so their mean or sum over time may be taken first.
+        spikes = self.spikes(images, sample_ids, steps)
+        return self.readout(spikes.mean(0) if self.mean_readout else spikes.sum(0))
 
     def step_logits(self, images: Tensor, sample_ids: Tensor | None = None, steps: int | None = None) -> Tensor:
         spikes = self.spikes(images, sample_ids, steps)
+        total = self.readout(spikes).cumsum(0)
+        if not self.mean_readout:
+            return total
         count = torch.arange(1, spikes.shape[0] + 1, device=spikes.device, dtype=spikes.dtype)
-        return self.readout(spikes).cumsum(0) / count[:, None, None]
+        return total / count[:, None, None]
+
+
+class SpikingVgg(SpikingNetwork):
+    """A VGG of spiking neurons (2010.01729, 2005.01807); see `SpikingNetwork`."""
+
+    def hidden_layers(self, description: Vgg, input_shape, dropout, make):
+        layers, outputs = description.layers(input_shape, dropout)
+        kinds = ["signed"] + ["pooled" if layer.pooled else "binary" for layer in layers[:-1]]
+        before = [0.0] + [layer.dropout for layer in layers]
+        built = [make(*three) for three in zip(layers, kinds, before[:-1], strict=True)]
+        split = sum(layer.convolution for layer in layers)
+        return built[:split], built[split:], outputs, before[-1]

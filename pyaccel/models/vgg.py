@@ -1,27 +1,34 @@
 """VGG networks: one description, from which the artificial and the spiking form are built.
 
-3x3 convolutions, stride 1, padding 1, no bias; "A" is 2x2 average pooling after the layer before it. Papers disagree on
-what a VGG9 is, so names carry the paper where they differ.
+3x3 convolutions, stride 1, padding 1, no bias; after the layer before it "A" is 2x2 pooling, "D" dropout. Papers
+disagree on what a VGG9 is, so names carry the paper where they differ.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from pyaccel.nn import SpikeConv2d, SpikeLinear
+from pyaccel.models.form import BNTT, CROSSBAR, HYBRID, PLAIN, ROBUST, Form
+from pyaccel.models.layer import Layer, check_dropout, check_norm, size_after, start_artificial
 
-POOL = "A"
+POOL, DROP = "A", "D"
+LARGE = 64  # images with a side beyond it get the ImageNet classifier
 
 
 @dataclass(frozen=True)
 class Vgg:
-    """Convolution channels with pooling marks, then the widths of the hidden fully connected layers."""
+    """Convolution channels with marks, then the widths of the hidden fully connected layers.
+
+    `large_hidden`: their widths for images larger than 64x64, if they differ.
+    """
 
     convolutions: tuple[int | str, ...]
     hidden: tuple[int, ...]
     source: str
+    form: Form = BNTT
+    large_hidden: tuple[int, ...] | None = None
 
     def scaled(self, width: float) -> Vgg:
         """Every layer `width` times as wide (at least 1)."""
@@ -29,49 +36,51 @@ class Vgg:
         def scale(n: int) -> int:
             return max(1, round(n * width))
 
-        convolutions = tuple(c if c == POOL else scale(c) for c in self.convolutions)
-        return Vgg(convolutions, tuple(map(scale, self.hidden)), self.source)
+        convolutions = tuple(c if isinstance(c, str) else scale(c) for c in self.convolutions)
+        large = None if self.large_hidden is None else tuple(map(scale, self.large_hidden))
+        return replace(self, convolutions=convolutions, hidden=tuple(map(scale, self.hidden)), large_hidden=large)
 
-    def layers(self, input_shape: tuple[int, int, int]) -> list[Layer]:
-        """The weight layers up to the read-out, with the shapes they meet."""
-        channels, height, width = input_shape
+    def layers(
+        self, input_shape: tuple[int, int, int], dropout: tuple[float, float] | None = None
+    ) -> tuple[list[Layer], int]:
+        """The weight layers up to the read-out, with the shapes they meet, and how many values the read-out reads."""
+        convolution_dropout, hidden_dropout = check_dropout(self.form.dropout if dropout is None else dropout)
+        channels = input_shape[0]
         found: list[Layer] = []
-        for entry in self.convolutions:
-            if entry == POOL:
-                if min(height, width) < 2:
-                    raise ValueError(
-                        f"images of {input_shape[1]}x{input_shape[2]} are too small for this network: "
-                        f"nothing is left to pool after {len(found)} layers; use larger images or a shallower network"
-                    )
-                height, width = height // 2, width // 2
-                found[-1] = Layer(found[-1].inputs, found[-1].outputs, True, True)
-            else:
-                found.append(Layer(channels, int(entry), True, False))
-                channels = int(entry)
+        for i, entry in enumerate(self.convolutions):
+            if isinstance(entry, str):
+                continue
+            mark = self.convolutions[i + 1] if i + 1 < len(self.convolutions) else None
+            drop = convolution_dropout if mark == DROP else 0.0
+            found.append(Layer(channels, entry, True, pooled=mark == POOL, dropout=drop))
+            channels = entry
+        height, width = size_after(found, input_shape)
         features = channels * height * width
-        for outputs in self.hidden:
-            found.append(Layer(features, outputs, False, False))
+        large = self.large_hidden is not None and max(input_shape[1:]) > LARGE
+        for outputs in self.large_hidden if large else self.hidden:
+            found.append(Layer(features, outputs, False, dropout=hidden_dropout))
             features = outputs
-        return found
+        return found, features
 
 
-@dataclass(frozen=True)
-class Layer:
-    inputs: int
-    outputs: int
-    convolution: bool
-    pooled: bool
+def dropped(*convolutions: int | str) -> tuple[int | str, ...]:
+    """Dropout after every convolution that no pooling follows."""
+    marked: list[int | str] = []
+    for entry, following in zip(convolutions, (*convolutions[1:], None), strict=True):
+        marked.append(entry)
+        if entry != POOL and following != POOL:
+            marked.append(DROP)
+    return tuple(marked)
 
-    def synapse(self) -> nn.Module:
-        if self.convolution:
-            return nn.Conv2d(self.inputs, self.outputs, 3, padding=1, bias=False)
-        return nn.Linear(self.inputs, self.outputs, bias=False)
 
-    def spike_synapse(self, kind: str) -> nn.Module:
-        """The same weights over spikes of this `kind` (see `ops.spike_conv2d`)."""
-        if self.convolution:
-            return SpikeConv2d(self.inputs, self.outputs, 3, padding=1, bias=False, kind=kind)
-        return SpikeLinear(self.inputs, self.outputs, bias=False, kind=kind)
+def hybrid(*convolutions: int | str, hidden: int = 4096) -> Vgg:
+    return Vgg(dropped(*convolutions), (hidden, hidden), "2005.01807, official code", HYBRID)
+
+
+def plain(*blocks: tuple[int, int]) -> Vgg:
+    """Blocks of (layers, channels), pooling after each."""
+    convolutions = sum(((channels,) * layers + (POOL,) for layers, channels in blocks), ())
+    return Vgg(convolutions, (), "1409.1556, with batch normalisation", PLAIN, large_hidden=(4096, 4096))
 
 
 DESCRIPTIONS = {
@@ -80,27 +89,51 @@ DESCRIPTIONS = {
     "vgg11_bntt": Vgg(
         (64, "A", 128, "A", 256, 256, "A", 512, 512, "A", 512, 512, "A"), (4096,), "2010.01729, official code"
     ),
-}
+    "vgg5_hybrid": hybrid(64, "A", 128, 128, "A"),
+    "vgg9_hybrid": hybrid(64, "A", 128, 256, "A", 256, 512, "A", 512, "A", 512),
+    "vgg11_hybrid": hybrid(64, "A", 128, 256, 256, "A", 512, 512, 512, "A", 512, 512, hidden=1024),
+    "vgg16_hybrid": hybrid(
+        64, 64, "A", 128, 128, "A", 256, 256, 256, "A", 512, 512, 512, "A", 512, 512, 512
+    ),
+    "vgg5_robust": Vgg((64, "A", 128, "D", 128, "A"), (1024, 1024), "2003.10399, official code", ROBUST),
+    "vgg8_crossbar": Vgg(
+        (128, 128, "A", 256, 256, "A", 512, 512, "A"), (1024,), "NeuroSim; for 2008.11298 inferred", CROSSBAR
+    ),
+    "vgg11": plain((1, 64), (1, 128), (2, 256), (2, 512), (2, 512)),
+    "vgg13": plain((2, 64), (2, 128), (2, 256), (2, 512), (2, 512)),
+    "vgg16": plain((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)),
+    "vgg19": plain((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)),
+}  # fmt: skip
 
 
 class VggNet(nn.Sequential):
-    """The artificial form: convolution or linear, batch normalisation, ReLU, pooling; then the read-out."""
+    """The artificial form: convolution or linear, batch normalisation, ReLU, pooling or dropout; then the read-out."""
 
-    def __init__(self, description: Vgg, *, input_shape: tuple[int, int, int], classes: int, norm: str = "batch"):
-        if norm not in ("batch", "none"):
-            raise ValueError(f"norm of an artificial network must be batch or none, got {norm!r}")
-        layers = description.layers(input_shape)
+    def __init__(
+        self,
+        description: Vgg,
+        *,
+        input_shape: tuple[int, int, int],
+        classes: int,
+        norm: str | None = None,
+        pool: str | None = None,
+        dropout: tuple[float, float] | None = None,
+    ):
+        form = description.form
+        norm, pool = check_norm(form.norm if norm is None else norm), form.pool if pool is None else pool
+        if pool not in ("average", "max"):
+            raise ValueError(f"pool of an artificial network must be average or max, got {pool!r}")
+        layers, features = description.layers(input_shape, dropout)
         parts: list[nn.Module] = []
-        for i, layer in enumerate(layers):
-            if not layer.convolution and (i == 0 or layers[i - 1].convolution):
+        flat = False
+        for layer in layers:
+            if not layer.convolution and not flat:
                 parts.append(nn.Flatten())
-            parts.append(layer.synapse())
-            if norm == "batch":
-                parts.append((nn.BatchNorm2d if layer.convolution else nn.BatchNorm1d)(layer.outputs))
-            parts.append(nn.ReLU())
+                flat = True
+            parts.extend(layer.artificial(form, norm))
             if layer.pooled:
-                parts.append(nn.AvgPool2d(2))
-        super().__init__(*parts, nn.Linear(layers[-1].outputs, classes, bias=False))
-        for part in self:
-            if isinstance(part, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+                parts.append(nn.AvgPool2d(2) if pool == "average" else nn.MaxPool2d(2))
+        if not flat:
+            parts.append(nn.Flatten())
+        super().__init__(*parts, nn.Linear(features, classes, bias=form.bias))
+        start_artificial(self, form)

@@ -47,7 +47,7 @@ def spike_conv2d(
         )
     lead = spikes.shape[:-3]
     spikes, weight, bias = _autocast(spikes.flatten(0, -4) if spikes.dim() != 4 else spikes, weight, bias)
-    out = _conv2d(spikes, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, kind)
+    out = _conv2d(spikes, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, kind, _keeps(weight))
     return out.unflatten(0, lead) if len(lead) != 1 else out
 
 
@@ -61,7 +61,7 @@ def spike_linear(spikes: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
             f"spike_linear: weight must be [out, {spikes.shape[-1]}] for spikes {checks.shape_of(spikes)}, "
             f"got {checks.shape_of(weight)}"
         )
-    return _linear(*_autocast(spikes, weight, bias), kind)
+    return _linear(*_autocast(spikes, weight, bias), kind, _keeps(weight))
 
 
 def spike_avg_pool2d(spikes: Tensor, kernel_size: int | tuple[int, int]) -> Tensor:
@@ -70,9 +70,14 @@ def spike_avg_pool2d(spikes: Tensor, kernel_size: int | tuple[int, int]) -> Tens
     return _avg_pool2d(spikes, _pair(kernel_size))
 
 
+def _keeps(weight: Tensor) -> bool:
+    """Whether backward will want the spikes."""
+    return torch.is_grad_enabled() and weight.requires_grad
+
+
 def _autocast(spikes: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast does for torch's own layers."""
-    if not torch.is_autocast_enabled(spikes.device.type):
+    if spikes.is_meta or not torch.is_autocast_enabled(spikes.device.type):
         return spikes, weight, bias
     dtype = torch.get_autocast_dtype(spikes.device.type)
     return spikes.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -86,10 +91,10 @@ def _dense_images(images: Tensor) -> Tensor:
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spikes, weight, bias, stride, padding, dilation, groups, kind):
+    def forward(ctx, spikes, weight, bias, stride, padding, dilation, groups, kind, keep):
         spikes = _dense_images(spikes)
         ctx.geometry, ctx.kind, ctx.layout = (stride, padding, dilation, groups), kind, packing.layout_of(spikes)
-        packed = packing.pack("spike_conv2d", spikes, kind) if ctx.needs_input_grad[1] else None
+        packed = packing.pack("spike_conv2d", spikes, kind) if keep else None
         ctx.save_for_backward(packed, weight)
         return torch.nn.functional.conv2d(spikes, weight, bias, stride, padding, dilation, groups)
 
@@ -111,7 +116,7 @@ class _Conv2d(torch.autograd.Function):
                 grad_weight = torch.zeros_like(weight)
         if needs[2]:
             grad_bias = grad.sum((0, 2, 3))
-        return grad_spikes, grad_weight, grad_bias, None, None, None, None, None
+        return grad_spikes, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _images(packed: Tensor, kind: str, shape, strides, dtype):
@@ -127,10 +132,10 @@ def _images(packed: Tensor, kind: str, shape, strides, dtype):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spikes, weight, bias, kind):
+    def forward(ctx, spikes, weight, bias, kind, keep):
         rows = spikes.reshape(-1, spikes.shape[-1]).contiguous()
         ctx.kind, ctx.layout, ctx.shape = kind, packing.layout_of(rows), spikes.shape
-        packed = packing.pack("spike_linear", rows, kind) if ctx.needs_input_grad[1] else None
+        packed = packing.pack("spike_linear", rows, kind) if keep else None
         ctx.save_for_backward(packed, weight)
         return torch.nn.functional.linear(spikes, weight, bias)
 
@@ -144,6 +149,7 @@ class _Linear(torch.autograd.Function):
             (grad @ weight).reshape(ctx.shape) if needs[0] else None,
             rows.t() @ packing.unpack(packed, ctx.kind, ctx.layout) if needs[1] else None,
             rows.sum(0) if needs[2] else None,
+            None,
             None,
         )
 
