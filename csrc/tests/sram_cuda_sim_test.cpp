@@ -16,12 +16,14 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
 #define __grid_constant__
-#undef __shared__
-#define __shared__ static  // of one block: blocks run one after the other
 
 #include <string>
 
+#include "../core/cuda_launch.h"
+#include "../core/cuda_vector.h"
 #include "../sram/kernels_cpu.h"
+#undef __shared__
+#define __shared__ static  // of the block: blocks run one after the other
 #include "../sram/sram_cuda.cu"
 #include "cuda_sim/simulator.h"
 

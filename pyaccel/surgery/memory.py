@@ -74,6 +74,7 @@ def without_noisy_memory(model: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module, "weight") and any(
             isinstance(p, NoisyMemory) for p in module.parametrizations.weight
         ):
+            _own_class(module)
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             for name in [name for name in module._parameters if name != "weight"]:  # optimizers number parameters by order
                 module._parameters[name] = module._parameters.pop(name)
@@ -131,6 +132,13 @@ def _output_ranges(model: nn.Module, layers: list[str], batches: Iterable[Tensor
     if missing:
         raise ValueError(f"with_noisy_memory: calibration never reached {', '.join(missing)}")
     return ranges
+
+
+def _own_class(module: nn.Module) -> None:
+    """Taking a parametrisation off deletes a property of the class that torch made for it, which deep copies share."""
+    shared = type(module)
+    content = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, content)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -106,6 +106,17 @@ def test_it_comes_off_cleanly():
     assert type(clean[0]) is nn.Conv2d
 
 
+def test_the_model_that_it_came_off_a_copy_of_still_works():
+    model = noisy_network()
+    twin = copy.deepcopy(model)
+    expected = copy.deepcopy(model)(images())
+    surgery.without_noisy_memory(model)
+    assert torch.equal(model(images()), expected)
+    surgery.without_noisy_memory(twin)
+    assert torch.equal(twin(images()), expected)
+    assert isinstance(model[0].parametrizations.weight[0], NoisyMemory)
+
+
 def test_state_dict_and_deepcopy():
     model = noisy_network()
     model(images())
