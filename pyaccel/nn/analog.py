@@ -118,7 +118,8 @@ class _Analog:
         """The weight that the chip computes with (without converters), in the layout of `weight`, with its gradient."""
         if self._through_solver():
             return self.from_matrix(_combined(self._map()))
-        return _StraightThrough.apply(self.weight, self._kept().effective)
+        mapped = self._kept().effective
+        return _StraightThrough.apply(self.weight, mapped) if torch.is_grad_enabled() else mapped
 
     def _product(self, x: Tensor) -> Tensor:
         """`x [..., K]`, in the order of the tiles' rows, through tiles and converters: `[..., C]`."""

@@ -145,7 +145,7 @@ def _top(bits: int) -> int:
 def _converter(full_scale: Tensor, bits: int) -> Tensor:
     """[step, 1/step], one value or one a column, as the kernels take it; a range of 0 converts everything to 0."""
     step = full_scale.clamp_min(torch.finfo(full_scale.dtype).tiny * 2.0**20) / _top(bits)
-    return torch.stack([step, 1 / step]).contiguous()
+    return torch.stack([step, 1 / step])
 
 
 def _through_dac(x: Tensor, dac_range: Tensor | None, bits: int) -> Tensor:
