@@ -1,9 +1,9 @@
-"""The crossbar family against its own roofline, a sparse LU of the nodal equations, badcrossbar where installed, and GEMM.
+"""The crossbar family against its own roofline, a sparse LU of the nodal equations, badcrossbar if installed, GEMM.
 
-The roofline of the effective matrix is its multiply-adds, M N (N + M) / 2 with M >= N, at the rate of torch's matrix product
-of the same dtype in the same run. Peers get 64 right sides, as they would for a batch of 64 inputs; the effective matrix
-serves any batch. "ms a tile on 2 threads" is CPU time halved: tiles are independent, and wall time on a shared machine says
-little.
+The roofline of the effective matrix is its multiply-adds, M N (N + M) / 2 with M >= N, at the rate of torch's matrix
+product of the same dtype in the same run. Peers get 64 right sides, as they would for a batch of 64 inputs; the
+effective matrix serves any batch. "ms a tile on 2 threads" is CPU time halved: tiles are independent, and wall time on
+a shared machine says little.
 """
 
 from __future__ import annotations

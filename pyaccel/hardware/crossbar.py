@@ -1,4 +1,4 @@
-"""The numbers of an analog crossbar: devices, wires, terminals, converters, and how a layer is laid out on its tiles."""
+"""The numbers of an analog crossbar: devices, wires, terminals, converters, and the layout of a layer on tiles."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ class CrossbarConfig:
 
     Devices and wires:
         rows, columns: cells of a tile (M, N). [R] 64; the paper uses 16, 32, 64.
-        r_min, r_max: device resistance, ohm, of the largest and of a zero weight (R_ON, R_OFF). [R] 20e3, 200e3; ratio [G].
+        r_min, r_max: device resistance, ohm, of the largest and of a zero weight (R_ON, R_OFF). [R] 20e3, 200e3;
+            ratio [G].
         r_driver, r_sense: ohm, before the first cell of a row, behind the last of a column. [G] 1e3.
         r_wire_row, r_wire_col: ohm a cell pitch. 5 and 10: the pair is [G], which is which [R].
-        first_segment, last_segment: a wire segment also lies between driver and first cell, last cell and sense. [O] no.
+        first_segment, last_segment: a wire segment also lies between driver and first cell, last cell and sense.
+            [O] no.
     Cells, in the order in which they act:
         levels: conductance levels, evenly spaced from G_min to G_max; None: continuous. [O]
-        variation: sigma/mu of the Gaussian device variation G (1 + variation n), >= 0. [R] 0.10 in the paper; default 0.
+        variation: sigma/mu of the Gaussian device variation G (1 + variation n), >= 0. [R] 0.10 in the paper;
+            default 0.
         stuck_on, stuck_off: probability that a cell sits at G_max, at G_min, whatever was programmed. [O] 0.
     Layout:
         scheme: "differential" (two arrays, G_min + (G_max - G_min) max(+-W, 0)/w_max) or "offset" (one array around the
             middle conductance, minus one dummy column a tile, which takes its place beside the N columns). [O]
-        interleave: positive and negative columns alternate in one tile (half the outputs a tile); differential only. [O]
+        interleave: positive and negative columns alternate in one tile (half the outputs a tile); differential only.
+            [O]
         padding: cells that fill the last tile: "g_min" (they exist, their rows stay at 0 V) or "absent" (G = 0). [O]
         row_order: rows of a convolution: "channel" (channel, then kernel position; torch's order) or "position". [O]
         weight_bits, slice_bits: with both, |W| is quantised to weight_bits and cut into slices of slice_bits, one array
@@ -136,7 +140,7 @@ class CrossbarConfig:
         )
 
     def ideal(self) -> CrossbarConfig:
-        """The same layout with ideal wires, terminals, cells and converters: a mapped model then equals the software one."""
+        """The same layout with ideal wires, terminals, cells and converters: mapped models equal the software ones."""
         return dataclasses.replace(
             self, r_driver=0.0, r_wire_row=0.0, r_wire_col=0.0, r_sense=0.0, levels=None, variation=0.0, stuck_on=0.0,
             stuck_off=0.0, weight_bits=None, slice_bits=None, dac_bits=None, adc_bits=None, read_noise=0.0,

@@ -1,7 +1,7 @@
 """From a weight matrix to the conductances of crossbar tiles, and from their effective conductances back to weights.
 
-`[K, C]`: K inputs drive rows, C outputs are columns. Everything here is plain tensor arithmetic and differentiable in the
-weights (rounding to levels is straight-through); the wires come in between: `ops.crossbar_matrix`.
+`[K, C]`: K inputs drive rows, C outputs are columns. Everything here is plain tensor arithmetic and differentiable in
+the weights (rounding to levels is straight-through); the wires come in between: `ops.crossbar_matrix`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ LOWEST = 1e-9  # siemens: no varied device conducts less
 
 
 def conductances(weight: Tensor, config: CrossbarConfig) -> tuple[Tensor, Tensor]:
-    """Programmed conductances `[A, S, K, C]` (A arrays: positive and negative, or one; S slices) of a weight `[K, C]`, and
-    the factor `[S]` that turns differences of conductance into weights. 2008.11298 and docs/crossbar.md, "Mapping"."""
+    """Programmed conductances `[A, S, K, C]` (A arrays: positive and negative, or one; S slices) of a weight `[K, C]`,
+    and the factor `[S]` that turns differences of conductance into weights. 2008.11298 and docs/crossbar.md,
+    "Mapping"."""
     largest = weight.detach().abs().amax().clamp_min(torch.finfo(weight.dtype).tiny * 2.0**20)
     span = config.g_max - config.g_min
     if config.scheme == "offset":
@@ -31,7 +32,7 @@ def conductances(weight: Tensor, config: CrossbarConfig) -> tuple[Tensor, Tensor
     top, base = 2**config.weight_bits - 1, 2**config.slice_bits
     codes = torch.round(parts.detach() * top).to(torch.int64)
     digits = torch.stack([codes // base**s % base for s in range(config.slices)], 1)
-    factor = torch.tensor([base**s * (base - 1) / top for s in range(config.slices)], dtype=weight.dtype, device=weight.device)
+    factor = weight.new_tensor([base**s * (base - 1) / top for s in range(config.slices)])
     g = config.g_min + span / (base - 1) * digits.to(weight.dtype)
     return _to_levels(g, config), factor * largest / span
 
@@ -45,8 +46,8 @@ def _to_levels(g: Tensor, config: CrossbarConfig) -> Tensor:
 
 
 def to_tiles(g: Tensor, config: CrossbarConfig) -> Tensor:
-    """`[A, S, K, C]` cut into padded tiles `[S, A', row tiles, column tiles, M, N']`: A' = 1 where arrays interleave or with
-    the dummy column (then N' = N + 1), else A."""
+    """`[A, S, K, C]` cut into padded tiles `[S, A', row tiles, column tiles, M, N']`: A' = 1 where arrays interleave or
+    with the dummy column (then N' = N + 1), else A."""
     if config.interleave:
         g = torch.stack([g[0], g[1]], -1).flatten(-2)[None]
     fill = config.g_min if config.padding == "g_min" else 0.0
@@ -61,8 +62,8 @@ def to_tiles(g: Tensor, config: CrossbarConfig) -> Tensor:
 
 
 def from_tiles(tiles: Tensor, factor: Tensor, shape: tuple[int, int], config: CrossbarConfig) -> Tensor:
-    """Effective conductances of `to_tiles` as weights of each array, `[S, A, K, C]` in units of the weights: array 0 minus
-    array 1 is what the chip computes (one array with the dummy column: already subtracted)."""
+    """Effective conductances of `to_tiles` as weights of each array, `[S, A, K, C]` in units of the weights: array 0
+    minus array 1 is what the chip computes (one array with the dummy column: already subtracted)."""
     inputs, outputs = shape
     if config.scheme == "offset":
         tiles = tiles[..., :-1] - tiles[..., -1:]
@@ -75,8 +76,8 @@ def from_tiles(tiles: Tensor, factor: Tensor, shape: tuple[int, int], config: Cr
 def program(tiles: Tensor, config: CrossbarConfig, *, chip: int, stream: int) -> Tensor:
     """What sits in the cells of chip number `chip`: device variation, then stuck cells; the same on every device.
 
-    Cells are numbered in the memory order of `tiles`; draws are of counter domain 4: normals on `stream`, the words that
-    decide about stuck cells on `stream + 1`.
+    Cells are numbered in the memory order of `tiles`; draws are of counter domain 4: normals on `stream`, the words
+    that decide about stuck cells on `stream + 1`.
     """
     if config.variation:
         normal = normals(chip, stream, tiles.numel()).to(tiles.device, tiles.dtype).reshape(tiles.shape)
@@ -102,7 +103,7 @@ def normals(seed: int, stream: int, count: int) -> Tensor:
 
 
 def gain(effective: Tensor, weight: Tensor, per_column: bool) -> Tensor:
-    """Least-squares gain of the effective on the wanted weight, `<W_eff, W> / <W, W>`: 0-d, or `[C]`; 1 where W is zero."""
+    """Least-squares gain of the effective on the wanted weight, `<W_eff, W> / <W, W>`, 0-d or `[C]`; 1 where W = 0."""
     over = (0,) if per_column else (0, 1)
     power = (weight * weight).sum(over)
     slope = (effective * weight).sum(over) / torch.where(power > 0, power, 1.0)

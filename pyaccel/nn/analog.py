@@ -20,11 +20,11 @@ def stream_of(name: str, kind: str) -> int:
 
 
 def effective_arrays(weight: Tensor, config: CrossbarConfig, *, chip: int, stream: int) -> Tensor:
-    """What the arrays of chip number `chip` make of a weight `[K, C]`: `[S, A, K, C]` in units of the weight, calibrated.
+    """What the arrays of chip number `chip` make of a weight `[K, C]`: `[S, A, K, C]`, in units of the weight.
 
-    The weight becomes conductances, the conductances vary and stick, the wires act (`ops.crossbar_matrix`, one call for all
-    tiles), and the gain is given back as `config.calibration` says. S slices add up; array 0 minus array 1 (A = 2), or the
-    one array with its dummy column subtracted. Differentiable in `weight`, exactly through the wires.
+    The weight becomes conductances, the conductances vary and stick, the wires act (`ops.crossbar_matrix`, one call for
+    all tiles), and the gain is given back as `config.calibration` says. S slices add up; array 0 minus array 1 (A = 2),
+    or the one array with its dummy column subtracted. Differentiable in `weight`, exactly through the wires.
     """
     g, factor = conductances(weight, config)
     cells = program(to_tiles(g, config), config, chip=chip, stream=stream)
@@ -47,7 +47,7 @@ def effective_weight(weight: Tensor, config: CrossbarConfig, *, chip: int, strea
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: what the weight was mapped to. Backward: the gradient of the (combined) mapped weight goes to the weight."""
+    """Forward: what the weight was mapped to. Backward: the gradient of the combined mapped weight, unchanged."""
 
     @staticmethod
     def forward(ctx, weight, mapped):
@@ -71,8 +71,8 @@ class _Mapped:
 class _Analog:
     """What both layers share: the chip, and the mapped arrays, made anew when the weight has changed.
 
-    A change is seen by the weight's version counter (optimizer steps, load_state_dict, in-place operations); after writing
-    through `weight.data`, which torch does not count, call `remap()`.
+    A change is seen by the weight's version counter (optimizer steps, load_state_dict, in-place operations); after
+    writing through `weight.data`, which torch does not count, call `remap()`.
     """
 
     def _prepare(self, config: CrossbarConfig, chip: int, name: str) -> None:
@@ -99,7 +99,8 @@ class _Analog:
     def _map(self) -> Tensor:
         weight = self.weight.float() if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight
         stream = stream_of(self.qualified_name, "variation")
-        return effective_arrays(self.to_matrix(weight), self.config, chip=self.chip, stream=stream).to(self.weight.dtype)
+        arrays = effective_arrays(self.to_matrix(weight), self.config, chip=self.chip, stream=stream)
+        return arrays.to(self.weight.dtype)
 
     def _through_solver(self) -> bool:
         return self.config.gradient == "solver" and torch.is_grad_enabled() and self.weight.requires_grad
@@ -117,12 +118,16 @@ class _Analog:
         """The weight that the chip computes with (without converters), in the layout of `weight`, with its gradient."""
         if self._through_solver():
             return self.from_matrix(_combined(self._map()))
-        return _StraightThrough.apply(self.weight, self._kept().effective)
+        mapped = self._kept().effective
+        return _StraightThrough.apply(self.weight, mapped) if torch.is_grad_enabled() else mapped
 
     def _product(self, x: Tensor) -> Tensor:
         """`x [..., K]`, in the order of the tiles' rows, through tiles and converters: `[..., C]`."""
         config = self.config
-        arrays = self._map() if self._through_solver() else _StraightThrough.apply(self.to_matrix(self.weight), self._kept().arrays)
+        if self._through_solver():
+            arrays = self._map()
+        else:
+            arrays = _StraightThrough.apply(self.to_matrix(self.weight), self._kept().arrays)
         x = x.to(arrays.dtype)
         if self.measuring:
             self._measure(x, arrays)
@@ -132,8 +137,8 @@ class _Analog:
         total: Tensor | float = 0.0
         for index, (positive, *negative) in enumerate(arrays.unbind(0)):
             total = total + ops.crossbar_matmul(
-                x, positive, *negative, tile=config.rows, read=config.read, dac_bits=config.dac_bits, adc_bits=config.adc_bits,
-                adc_range=self._adc_range(index), read_noise=config.read_noise * per_siemens, seed=self.chip,
+                x, positive, *negative, tile=config.rows, read=config.read,
+                dac_bits=config.dac_bits, adc_bits=config.adc_bits, adc_range=self._adc_range(index), read_noise=config.read_noise * per_siemens, seed=self.chip,
                 stream=(stream_of(self.qualified_name, f"read{index}") + self.passes) % (1 << 32),
             )  # fmt: skip
         self.passes += 1
@@ -204,12 +209,12 @@ class AnalogLinear(_Analog, nn.Linear):
 
 
 class AnalogConv2d(_Analog, nn.Conv2d):
-    """`nn.Conv2d` on crossbars: every output pixel is a product of its patch, `C_in * kh * kw` rows; the bias is digital.
+    """`nn.Conv2d` on crossbars: every output pixel is a product of its patch, `C_in kh kw` rows; the bias is digital.
 
     Args:
         in_channels .. bias: as `nn.Conv2d`; groups must be 1, padding zeros.
-        config, chip, name: as in `AnalogLinear`. `config.row_order` decides which weights share a tile: "channel" (channel,
-            then kernel position) or "position" (kernel position, then channel).
+        config, chip, name: as in `AnalogLinear`. `config.row_order` decides which weights share a tile: "channel"
+            (channel, then kernel position) or "position" (kernel position, then channel).
 
     Without converters a pass costs one ordinary convolution; with them the patches are unfolded.
     """

@@ -1,4 +1,4 @@
-"""`crossbar_matmul`: a matrix product cut into crossbar tiles, with DAC, read noise and ADC, partial sums kept in registers."""
+"""`crossbar_matmul`: a matrix product cut into crossbar tiles, with DAC, read noise and ADC."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def crossbar_matmul(
         y[b, c] = sum over row tiles t of ADC( sum over rows k of t of DAC(x[b, k]) * w[k, c]  +  read_noise * n )
 
     read="pair": one ADC sees the difference of the two arrays; "apart": each array has its own ADC, and the codes are
-    subtracted. Both converters are symmetric, 2^bits - 1 levels from -range to range with zero among them, half to even,
-    clipped. n is standard normal (Philox, domain 5): the same on every device, whatever the batch is cut into threads.
-    With no converter and no noise this is, and runs as, one GEMM.
+    subtracted. Both converters are symmetric, 2^bits - 1 levels from -range to range with zero among them, half to
+    even, clipped. n is standard normal (Philox, domain 5): the same on every device, whatever the batch is cut into
+    threads. With no converter and no noise this is, and runs as, one GEMM.
 
-    Gradients are straight-through: those of `DAC(x) @ (positive - negative)`, none for inputs that the DAC clips; an ADC
-    that clips does not stop its gradient.
+    Gradients are straight-through: those of `DAC(x) @ (positive - negative)`, none for inputs that the DAC clips; an
+    ADC that clips does not stop its gradient.
 
     Args:
         x: `[..., K]`, float32 or float64, of either sign. positive, negative: `[K, C]` of the same dtype, such as the
@@ -50,8 +50,8 @@ def crossbar_matmul(
         adc_range: full scale of a partial sum, a number or a tensor, 0-d or `[C]`; needed with adc_bits. `adc_range()`
             calibrates it.
         read_noise: standard deviation of a read, in units of a partial sum.
-        seed, stream: the key (64 bits) and stream (32 bits) of the noise; `seed` may be an int64 tensor `[seed, stream]` on
-            the CPU, which keeps compiled graphs from being specialised to the values.
+        seed, stream: the key (64 bits) and stream (32 bits) of the noise; `seed` may be an int64 tensor `[seed,
+            stream]` on the CPU, which keeps compiled graphs from being specialised to the values.
 
     Returns:
         `[..., C]`. Codes are summed exactly while their sum stays below 2^24 (float32). NaN inputs give NaN.
@@ -70,8 +70,8 @@ def crossbar_matmul(
         return x @ (positive if negative is None else positive - negative)
     if adc_bits and adc_range is None:
         raise ValueError(
-            f"{op}: adc_bits needs adc_range, the full scale of a partial sum: a number, a tensor [{positive.shape[1]}], or "
-            "what pyaccel.ops.adc_range measures on sample inputs"
+            f"{op}: adc_bits needs adc_range, the full scale of a partial sum: a number, a tensor "
+            f"[{positive.shape[1]}], or what pyaccel.ops.adc_range measures on sample inputs"
         )
     if dac_bits and dac_range is None:
         dac_range = x.detach().abs().amax() if x.numel() else 1.0
@@ -86,7 +86,7 @@ def crossbar_matmul(
 
 
 def adc_range(x: Tensor, positive: Tensor, negative: Tensor | None = None, *, tile: int, read: str = "pair") -> Tensor:
-    """Calibration: the largest |partial sum| of every column over all row tiles (and arrays, read apart) for sample inputs.
+    """Calibration: the largest |partial sum| of every column over all row tiles (and arrays, read apart), for samples.
 
     Arguments as in `crossbar_matmul`; returns `[C]`, without gradient. A column that never carries current gets the
     smallest positive number instead of 0.
@@ -108,7 +108,8 @@ def adc_range(x: Tensor, positive: Tensor, negative: Tensor | None = None, *, ti
 
 def _operands(op: str, x: object, positive: object, negative: object, tile: object) -> None:
     if not isinstance(x, Tensor) or not isinstance(positive, Tensor):
-        raise TypeError(f"{op}: x and positive must be torch.Tensors, got {checks.shape_of(x)} and {checks.shape_of(positive)}")
+        came = f"{checks.shape_of(x)} and {checks.shape_of(positive)}"
+        raise TypeError(f"{op}: x and positive must be torch.Tensors, got {came}")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: x must be float32 or float64, got {x.dtype}; convert it with .float()")
     if x.dim() < 1 or positive.dim() != 2 or positive.shape[0] != x.shape[-1]:
@@ -144,7 +145,7 @@ def _top(bits: int) -> int:
 def _converter(full_scale: Tensor, bits: int) -> Tensor:
     """[step, 1/step], one value or one a column, as the kernels take it; a range of 0 converts everything to 0."""
     step = full_scale.clamp_min(torch.finfo(full_scale.dtype).tiny * 2.0**20) / _top(bits)
-    return torch.stack([step, 1 / step]).contiguous()
+    return torch.stack([step, 1 / step])
 
 
 def _through_dac(x: Tensor, dac_range: Tensor | None, bits: int) -> Tensor:

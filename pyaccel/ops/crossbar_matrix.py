@@ -16,25 +16,26 @@ HISTORY_BYTES = 64 << 20
 def crossbar_matrix(
     conductance: Tensor, *, r_driver: float, r_wire_row: float, r_wire_col: float, r_sense: float
 ) -> Tensor:
-    """Effective conductance of crossbar tiles with resistive drivers, wires and sense amplifiers, exact for linear devices.
+    """Effective conductance of crossbar tiles with resistive drivers, wires and sense amplifiers, exact (linear devices).
 
-    Row i of a tile is driven by V[i] through `r_driver`, column j ends in `r_sense` at virtual ground, neighbouring nodes
-    of a row (column) wire are `r_wire_row` (`r_wire_col`) apart. With node voltages u (rows) and w (columns)::
+    Row i of a tile is driven by V[i] through `r_driver`, column j ends in `r_sense` at virtual ground, neighbouring
+    nodes of a row (column) wire are `r_wire_row` (`r_wire_col`) apart. With node voltages u (rows) and w (columns)::
 
-        g[i,j] (u[i,j] - w[i,j]) + (u[i,j] - u[i,j-1]) / r_wire_row + (u[i,j] - u[i,j+1]) / r_wire_row = 0   (ends: driver)
-        g[i,j] (w[i,j] - u[i,j]) + (w[i,j] - w[i-1,j]) / r_wire_col + (w[i,j] - w[i+1,j]) / r_wire_col = 0   (ends: sense)
+        g[i,j] (u[i,j] - w[i,j]) + (u[i,j] - u[i,j-1]) / r_wire_row + (u[i,j] - u[i,j+1]) / r_wire_row = 0
+        g[i,j] (w[i,j] - u[i,j]) + (w[i,j] - w[i-1,j]) / r_wire_col + (w[i,j] - w[i+1,j]) / r_wire_col = 0
 
-    the output currents are `I[j] = sum_i V[i] effective[i,j]` (2008.11298; solved by the ladder of docs/crossbar.md). No
+    (driver and sense at the ends) the output currents are `I[j] = sum_i V[i] effective[i,j]` (2008.11298; solved by the
+    ladder of docs/crossbar.md). No
     wire segment precedes the first or follows the last node: add it to `r_driver`, `r_sense` if there is one
     (`hardware.CrossbarConfig` does). Every resistance may be 0, every conductance too.
 
     Args:
-        conductance: `[..., M, N]` siemens, float32 or float64, finite and >= 0. Leading dimensions are a batch of tiles.
+        conductance: `[..., M, N]` siemens, float32 or float64, finite and >= 0. Leading dimensions: a batch of tiles.
         r_driver, r_wire_row, r_wire_col, r_sense: ohm, finite, >= 0.
 
     Returns:
-        `[..., M, N]` siemens. float64: below 1e-11 relative while resistance times conductance of a column stays below 1e5
-        (real tiles: 10), growing with it beyond. float32: 5e-6 relative for entries above 1e-3 of the tile's
+        `[..., M, N]` siemens. float64: below 1e-11 relative while resistance times conductance of a column stays below
+        1e5 (real tiles: 10), growing with it beyond. float32: 5e-6 relative for entries above 1e-3 of the tile's
         largest, 1e-6 of the largest everywhere. The gradient is exact (reverse mode; no second derivative).
 
     Raises:

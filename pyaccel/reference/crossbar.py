@@ -18,7 +18,7 @@ def crossbar_matrix(
     """Twin of `pyaccel.ops.crossbar_matrix`, which documents it; differentiable by autograd, zero conductance included.
 
     A row wire with its driver, seen from its N devices, is the impedance Z; loaded with the devices, the admittance S
-    between the column nodes. Going down the columns, Y is the admittance of the rows so far and J their Norton currents.
+    between the column nodes. Going down the columns, Y is the admittance of the rows so far and J the Norton currents.
     """
     *batch, rows, columns = conductance.shape
     if conductance.numel() == 0:

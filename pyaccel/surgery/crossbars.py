@@ -15,8 +15,8 @@ from pyaccel.nn.analog import AnalogConv2d, AnalogLinear
 
 
 def to_crossbars(model: nn.Module, config: CrossbarConfig, *, chip: int, digital: Iterable[str] = ()) -> nn.Module:
-    """A copy of `model` with every `nn.Linear` and `nn.Conv2d` on crossbars of chip number `chip`; biases, normalisation,
-    activations and pooling stay digital.
+    """A copy of `model` with every `nn.Linear` and `nn.Conv2d` on crossbars of chip number `chip`; biases,
+    normalisation, activations and pooling stay digital.
 
     The copy is an ordinary differentiable module with the same parameter names: it can be attacked with full knowledge,
     fine-tuned, saved. Another `chip` draws other variation; the same one is the same chip on every device.
@@ -27,7 +27,8 @@ def to_crossbars(model: nn.Module, config: CrossbarConfig, *, chip: int, digital
 
     Raises:
         ValueError: a layer that cannot be mapped (grouped, padding other than zeros, or a subclass of `nn.Linear` or
-            `nn.Conv2d`, whose owner may read its weight past it), by name; an unknown name in `digital`; nothing to map.
+            `nn.Conv2d`, whose owner may read its weight past it), by name; an unknown name in `digital`; nothing to
+            map.
     """
     digital = tuple(digital)
     names = {name for name, _ in model.named_modules()}
@@ -53,17 +54,21 @@ def _analog(name: str, layer: nn.Module, config: CrossbarConfig, chip: int) -> n
     options = dict(bias=layer.bias is not None, config=config, chip=chip, name=name, device="meta")
     if type(layer) is nn.Linear:
         analog: nn.Module = AnalogLinear(layer.in_features, layer.out_features, **options)
-    elif type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+    elif type(layer) is nn.Conv2d and _plain(layer):
         analog = AnalogConv2d(
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, **options
         )
     else:
         raise ValueError(
-            f"to_crossbars: cannot map {name!r}, {type(layer).__name__}({layer.extra_repr()}): only plain nn.Linear and nn.Conv2d "
-            f"with groups=1, numeric zero padding; leave it digital with digital=({name!r},)"
+            f"to_crossbars: cannot map {name!r}, {type(layer).__name__}({layer.extra_repr()}): only plain nn.Linear "
+            f"and nn.Conv2d with groups=1, numeric zero padding; leave it digital with digital=({name!r},)"
         )
     analog.weight, analog.bias = layer.weight, layer.bias
     return analog.train(layer.training)
+
+
+def _plain(layer: nn.Conv2d) -> bool:
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def analog_layers(model: nn.Module) -> dict[str, AnalogLinear | AnalogConv2d]:
@@ -93,9 +98,9 @@ def _one_or_more(op: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def calibrate_converters(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Set the ADC range of every crossbar layer of `model`, in place, to the largest partial sum that each column meets on
-    `batches` of inputs, in evaluation mode. Earlier ranges are forgotten. Layers see what the converting layers before them
-    produce, so ranges grow with the batches; give one batch that is large enough, or several alike.
+    """Set the ADC range of every crossbar layer of `model`, in place, to the largest partial sum that each column meets
+    on `batches` of inputs, in evaluation mode. Earlier ranges are forgotten. Layers see what the converting layers
+    before them produce, so ranges grow with the batches; give one batch that is large enough, or several alike.
     """
     layers = [layer for layer in analog_layers(model).values() if layer.config.adc_bits is not None]
     if not layers:

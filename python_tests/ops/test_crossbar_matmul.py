@@ -18,8 +18,8 @@ def operands(batch, inputs, outputs, dtype=torch.float32, seed=0):
 
 
 def assert_codes_close(out, twin, step, reads):
-    """Converters are discontinuous: a partial sum within rounding of a code boundary may take either code. Everything else
-    must agree; the flips must be whole steps and rare."""
+    """Converters are discontinuous: a partial sum within rounding of a code boundary may take either code. Everything
+    else must agree; the flips must be whole steps and rare."""
     error = (out - twin).double() / step
     flips = error.abs() > 0.5
     assert (error[~flips].abs() < 1e-3).all()

@@ -1,4 +1,5 @@
-"""`crossbar_matrix` against closed forms, invariants of resistive networks, its plain-torch twin and finite differences."""
+"""`crossbar_matrix` against closed forms, invariants of resistive networks, its plain-torch twin and finite
+differences."""
 
 from __future__ import annotations
 
@@ -87,8 +88,8 @@ def test_passivity(rows, columns):
 
 
 def test_current_conservation():
-    """All drivers at one volt: without sense resistors the whole network sits between 1 V and ground, and the current into
-    the rows is what comes out of the columns. The driver currents come from the exchanged network."""
+    """All drivers at one volt: without sense resistors the whole network sits between 1 V and ground, and the current
+    into the rows is what comes out of the columns. The driver currents come from the exchanged network."""
     g = tile(6, 9)
     sense = ops.crossbar_matrix(g, **DEFAULT).sum()
     exchanged = ops.crossbar_matrix(g.flip(0, 1).T.contiguous(), **{**DEFAULT, "r_wire_row": 10.0, "r_wire_col": 5.0}).sum()

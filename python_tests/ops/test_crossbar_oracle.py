@@ -1,4 +1,5 @@
-"""`crossbar_matrix` against a sparse LU of the nodal equations, one unknown a node, written down from Kirchhoff's law alone."""
+"""`crossbar_matrix` against a sparse LU of the nodal equations, one unknown a node, written down from Kirchhoff's law
+alone."""
 
 from __future__ import annotations
 
