@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import ops
+from pyaccel.ops.checks import whole
 from pyaccel.reference.neuron import state_dtype
 
 
@@ -120,6 +121,7 @@ class BNTTLIF(_Neuron):
     ):
         super().__init__(leak, threshold, **options)
         self.channels, self.steps, self.eps, self.momentum = channels, steps, eps, momentum
+        self.first = 0  # row of the next step: a stateful module goes on where the last call ended
         self.weight = nn.Parameter(torch.ones(steps, channels))
         self.register_buffer("running_mean", torch.zeros(steps, channels))
         self.register_buffer("running_var", torch.ones(steps, channels))
@@ -127,27 +129,33 @@ class BNTTLIF(_Neuron):
 
     def forward(self, current: Tensor) -> Tensor:
         steps = current.shape[0]
-        if steps > self.steps:
-            raise ValueError(f"BNTTLIF: trained for {self.steps} steps, got {steps}; later steps have no statistics")
+        rows = slice(self.first, self.first + steps)
+        if rows.stop > self.steps:
+            raise ValueError(f"BNTTLIF: trained for {self.steps} steps, got {rows.stop}; later steps have no statistics")
         state = state_dtype(current.dtype)
         given = {}
         if not self.training:
-            given = dict(mean=self.running_mean[:steps].to(state), var=self.running_var[:steps].to(state))
+            given = dict(mean=self.running_mean[rows].to(state), var=self.running_var[rows].to(state))
         spikes, membrane, mean, var = ops.bntt_lif(
-            current, self.weight[:steps].to(state), self.membrane, eps=self.eps, **given, **self._options(current)
+            current, self.weight[rows].to(state), self.membrane, eps=self.eps, **given, **self._options(current)
         )
         if self.training:
-            self._track(mean, var, current[0, :, 0].numel() if steps else 0)
+            self._track(mean, var, rows, current[0, :, 0].numel() if steps else 0)
         self._keep(membrane)
+        if self.stateful:
+            self.first = rows.stop
         return spikes
 
+    def reset_state(self) -> None:
+        super().reset_state()
+        self.first = 0
+
     @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def _track(self, mean: Tensor, var: Tensor, rows: slice, count: int) -> None:
         if count < 2:
             raise ValueError(f"BNTTLIF: training needs more than one value a channel and step, got {count}")
-        steps = mean.shape[0]
-        self.running_mean[:steps].lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var[:steps].lerp_((var * (count / (count - 1))).to(self.running_var), self.momentum)
+        self.running_mean[rows].lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var[rows].lerp_((var * (count / (count - 1))).to(self.running_var), self.momentum)
         self.num_batches_tracked += 1
 
     def extra_repr(self) -> str:
@@ -166,7 +174,10 @@ class PoissonEncoder(nn.Module):
         super().__init__()
         self.steps, self.gain = steps, gain
         # [seed, stream, first step]: a tensor, so that a compiled graph is not specialised to the numbers
-        self.register_buffer("key", torch.tensor([seed, stream, 0], dtype=torch.int64), persistent=False)
+        seed = whole("PoissonEncoder", "seed", seed, -(1 << 63), (1 << 64) - 1)
+        stream = whole("PoissonEncoder", "stream", stream, 0, (1 << 32) - 1)
+        key = [seed - (1 << 64) if seed >= 1 << 63 else seed, stream, 0]
+        self.register_buffer("key", torch.tensor(key, dtype=torch.int64), persistent=False)
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
 
     def set_step(self, step: int) -> None:
@@ -209,12 +220,16 @@ class STDBLIF(nn.Module):
         super().__init__()
         self.leak, self.alpha, self.beta, self.form, self.stateful = leak, alpha, beta, form, stateful
         self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float64))
-        self._threshold: tuple[int, float] = (-1, threshold)
+        self._threshold: tuple[Tensor | None, int, float] = (None, -1, threshold)
         self.state: tuple[Tensor, Tensor] | None = None
 
     def reset_state(self) -> None:
         """Forget the state kept by a stateful module."""
         self.state = None
+
+    def detach_state(self) -> None:
+        """Keep the state, cut its history (truncated backpropagation through time)."""
+        self.state = None if self.state is None else (self.state[0].detach(), self.state[1])
 
     def forward(self, current: Tensor) -> Tensor:
         membrane, since = self.state or (None, None)
@@ -227,10 +242,13 @@ class STDBLIF(nn.Module):
 
     def _threshold_value(self) -> float:
         """The buffer as a number, read again only after it was written: reading it waits for a GPU."""
-        version = self.threshold._version + id(self.threshold)
-        if self._threshold[0] != version:
-            self._threshold = (version, float(self.threshold))
-        return self._threshold[1]
+        if self.threshold.is_inference():  # has no version
+            return float(self.threshold)
+        known, version, value = self._threshold
+        if known is not self.threshold or version != self.threshold._version:
+            value = float(self.threshold)
+            self._threshold = (self.threshold, self.threshold._version, value)
+        return value
 
     def extra_repr(self) -> str:
         return f"leak={self.leak}, threshold={float(self.threshold):g}, alpha={self.alpha}, beta={self.beta}, form={self.form}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -97,12 +98,14 @@ class _Synchronised(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reduce, current, weight, membrane, _mean, _var, *rest):
         mean, var = (s.double() for s in _bntt_statistics(current))
-        count = torch.full_like(mean, current[0, :, 0].numel())
-        totals = reduce(torch.stack([count, count * mean, count * (var + mean * mean)]))
+        here = current.shape[1] * math.prod(current.shape[3:])
+        count = torch.full_like(mean, here)
+        sums = [count * mean, count * (var + mean * mean)] if here else [count, count]  # nothing has no mean
+        totals = reduce(torch.stack([count, *sums]))
         mean, square = totals[1] / totals[0], totals[2] / totals[0]
         var = (square - mean * mean).clamp_min(0)
         spikes, membrane_out, mean, var = _bntt_lif(current, weight, membrane, mean.to(weight.dtype), var.to(weight.dtype), *rest)
-        ctx.save_for_backward(current, weight, membrane, mean, var, totals[0, 0, 0], rest[0], rest[1])
+        ctx.save_for_backward(current, weight, membrane, mean, var, totals[0].amax() if totals.numel() else totals.new_zeros(()), rest[0], rest[1])
         ctx.rest, ctx.reduce = rest[2:], reduce
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -266,7 +269,7 @@ def _backward_fallback(
 
 def _packed_outputs(current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, membrane, mean, var = _outputs(current)
-    row = current[0].numel() if current.shape[0] else 0
+    row = math.prod(current.shape[1:])
     return current.new_empty((current.shape[0], (row + 7) // 8), dtype=torch.uint8), membrane, mean, var
 
 

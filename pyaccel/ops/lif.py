@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -195,7 +197,7 @@ def _backward_fallback(
 
 
 def _packed_outputs(current: Tensor) -> tuple[Tensor, Tensor]:
-    row = current[0].numel() if current.shape[0] else 0
+    row = math.prod(current.shape[1:])
     bits = current.new_empty((current.shape[0], (row + 7) // 8), dtype=torch.uint8)
     return bits, options.step_like(current, state_dtype(current.dtype))
 

@@ -43,8 +43,11 @@ def unpack_spikes(packed: Tensor, shape: Sequence[int], dtype: torch.dtype = tor
 def pack(op: str, spikes: Tensor, kind: str) -> Tensor:
     """Dense spikes `[rows, ...]` as bit planes `[planes, rows, ceil(N / 8)]` in memory order."""
     planes = KINDS[kind]
+    if spikes.numel() == 0:  # counts as contiguous whatever its strides are, which the kernel compares
+        spikes = spikes.new_empty(spikes.shape)
     packed, good = _pack(spikes, planes)
-    if good.device.type == "cpu" and not torch.compiler.is_compiling() and not good.is_meta and not bool(good):
+    checked = spikes.device.type == "cpu" and type(good) is Tensor and not torch.compiler.is_compiling()
+    if checked and not bool(good):
         raise ValueError(
             f"{op}: the spikes hold values that kind={kind!r} cannot store; kinds are binary (0, 1), signed (-1, 0, 1), "
             "pooled (0, 1/4 .. 1) and pooled_signed"
@@ -63,9 +66,8 @@ def layout_of(spikes: Tensor) -> tuple:
 
 
 def _packed_like(spikes: Tensor, planes: int) -> Tensor:
-    rows = spikes.shape[0]
-    row = spikes[0].numel() if rows else 0
-    return spikes.new_empty((planes, rows, (row + 7) // 8), dtype=torch.uint8)
+    row = math.prod(spikes.shape[1:])
+    return spikes.new_empty((planes, spikes.shape[0], (row + 7) // 8), dtype=torch.uint8)
 
 
 def _pack_kernel(spikes, planes):
@@ -90,13 +92,13 @@ def _unpack_fake(packed, planes, shape, strides, dtype):
 
 def _memory_rows(spikes: Tensor) -> Tensor:
     """`[rows, N]` in memory order, sharing the storage of dense `spikes`."""
-    return spikes.as_strided((spikes.shape[0], spikes[0].numel() if spikes.shape[0] else 0), (spikes.stride(0), 1))
+    return spikes.as_strided((spikes.shape[0], math.prod(spikes.shape[1:])), (spikes.stride(0), 1))
 
 
 def plain_pack(spikes: Tensor, planes: int) -> Tensor:
     rows = _memory_rows(spikes)
     code = (rows * (4 if planes >= 3 else 1)).to(torch.int64)
-    code = torch.nn.functional.pad(code, (0, -code.shape[1] % 8)).reshape(code.shape[0], -1, 8)
+    code = torch.nn.functional.pad(code, (0, -code.shape[1] % 8)).unflatten(1, (-1, 8))
     place = torch.arange(8, device=code.device)
     return torch.stack([(((code >> k) & 1) << place).sum(-1) for k in range(planes)]).to(torch.uint8)
 

@@ -45,6 +45,8 @@ def spike_conv2d(
             f"spike_conv2d: weight must be [O, {spikes.shape[-3]}/{groups}, kH, kW] for spikes {checks.shape_of(spikes)}, "
             f"got {checks.shape_of(weight)}"
         )
+    if isinstance(padding, str):
+        raise TypeError(f"spike_conv2d: padding must be an integer or a pair of integers, got {padding!r}")
     lead = spikes.shape[:-3]
     spikes, weight, bias = _autocast(spikes.flatten(0, -4) if spikes.dim() != 4 else spikes, weight, bias)
     out = _conv2d(spikes, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, kind, _keeps(weight))
@@ -77,7 +79,7 @@ def _keeps(weight: Tensor) -> bool:
 
 def _autocast(spikes: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast does for torch's own layers."""
-    if spikes.is_meta or not torch.is_autocast_enabled(spikes.device.type):
+    if spikes.is_meta or spikes.dtype == torch.float64 or not torch.is_autocast_enabled(spikes.device.type):
         return spikes, weight, bias
     dtype = torch.get_autocast_dtype(spikes.device.type)
     return spikes.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -133,7 +135,7 @@ def _images(packed: Tensor, kind: str, shape, strides, dtype):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spikes, weight, bias, kind, keep):
-        rows = spikes.reshape(-1, spikes.shape[-1]).contiguous()
+        rows = spikes.flatten(0, -2).contiguous()
         ctx.kind, ctx.layout, ctx.shape = kind, packing.layout_of(rows), spikes.shape
         packed = packing.pack("spike_linear", rows, kind) if keep else None
         ctx.save_for_backward(packed, weight)
@@ -143,7 +145,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         packed, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = grad.flatten(0, -2)
         needs = ctx.needs_input_grad
         return (
             (grad @ weight).reshape(ctx.shape) if needs[0] else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,14 +56,14 @@ def stdb_lif(
         checks.number("stdb_lif", "leak", leak),
         checks.number("stdb_lif", "threshold", threshold, above=0.0),
         checks.number("stdb_lif", "alpha", alpha),
-        checks.number("stdb_lif", "beta", beta),
+        checks.number("stdb_lif", "beta", beta, above=None if form == "exact" else 0.0),
         checks.choice("stdb_lif", "form", form, STDB_FORMS),
     )
     return _stdb_lif(current, membrane, since, *numbers)[:3]
 
 
 def _outputs(current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row = current[0].numel() if current.shape[0] else 0
+    row = math.prod(current.shape[1:])
     return (
         torch.empty_like(current),
         options.step_like(current, state_dtype(current.dtype)),

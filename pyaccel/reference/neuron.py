@@ -168,12 +168,12 @@ def stdb_backward(
     for s in spikes.unbind(0):
         slopes.append(stdb_slope(since, threshold, alpha, beta, form, state))
         since = torch.where(s > 0, 1, since + 1).to(torch.int32)
-    delta = torch.zeros_like(slopes[0]) if grad_membrane is None else grad_membrane
+    delta = spikes.new_zeros(spikes.shape[1:], dtype=state) if grad_membrane is None else grad_membrane
     gradients = []
     for g, slope in zip(reversed(grad_spikes.to(state).unbind(0)), reversed(slopes), strict=True):
         gradients.append(delta)
         delta = g * slope + leak * delta
-    return torch.stack(gradients[::-1]).to(grad_spikes.dtype), delta
+    return (torch.stack(gradients[::-1]).to(grad_spikes.dtype) if gradients else torch.empty_like(grad_spikes)), delta
 
 
 def bntt_lif(

@@ -54,7 +54,6 @@ def compare(ours, theirs, spikes, weight, bias, seed=9):
         results.append((out.detach(), *(None if i is None else i.grad for i in inputs)))
     for name, got, wanted in zip(("output", "spikes", "weight", "bias"), *results, strict=True):
         close(got, wanted, name)
-    assert torch.equal(results[0][0], results[1][0])
     return results[0]
 
 
