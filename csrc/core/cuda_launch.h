@@ -20,7 +20,9 @@ inline void check(cudaError_t status, const char* what) {
 }
 
 // After a launch: turns a refused launch, or a fault of an earlier kernel, into an exception that names `kernel`.
-inline void launch_check(const char* kernel) { check(cudaGetLastError(), kernel); }
+inline void launch_check(const char* kernel) {
+  check(cudaGetLastError(), kernel);
+}
 
 // Makes `device` current and restores the caller's device.
 class DeviceGuard {
@@ -47,8 +49,8 @@ struct Queue {
   void* stream = nullptr;
 };
 
-constexpr int kPlainShared = 48 * 1024;      // what every kernel may use
-constexpr int kLargestShared = 163 * 1024;   // what a block of every target (sm_80 and later data-centre parts) may use
+constexpr int kPlainShared = 48 * 1024;     // what every kernel may use
+constexpr int kLargestShared = 163 * 1024;  // what a block of every target (sm_80 and later data-centre parts) may use
 
 // A block may use more than 48 KB of dynamic shared memory only after its kernel has been told so, once a device.
 // After the first use no CUDA call remains here, so a warmed-up kernel can be captured.

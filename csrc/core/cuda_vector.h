@@ -15,6 +15,13 @@ namespace pyaccel::cuda {
 
 #define PYACCEL_DEVICE __device__ __forceinline__
 
+// The block's dynamic shared memory, 16-byte aligned.
+template <class T>
+PYACCEL_DEVICE T* dynamic_shared() {
+  extern __shared__ uint4 shared_memory[];
+  return reinterpret_cast<T*>(shared_memory);
+}
+
 // Neuron state and sums of a tensor's type.
 template <class T>
 using State = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -85,10 +92,18 @@ PYACCEL_DEVICE void store(T* p, const Pack<T, V>& pack) {
   }
 }
 
-PYACCEL_DEVICE float to_state(float v) { return v; }
-PYACCEL_DEVICE double to_state(double v) { return v; }
-PYACCEL_DEVICE float to_state(__half v) { return __half2float(v); }
-PYACCEL_DEVICE float to_state(__nv_bfloat16 v) { return __bfloat162float(v); }
+PYACCEL_DEVICE float to_state(float v) {
+  return v;
+}
+PYACCEL_DEVICE double to_state(double v) {
+  return v;
+}
+PYACCEL_DEVICE float to_state(__half v) {
+  return __half2float(v);
+}
+PYACCEL_DEVICE float to_state(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
 
 // Rounded to nearest even; beyond the range of float16 to infinity.
 template <class T>

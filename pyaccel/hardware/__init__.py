@@ -1,4 +1,4 @@
-"""Numbers of real devices as dataclasses, and what a network costs on them."""
+"""Numbers of real devices: dataclasses that name symbol, unit and source of every constant; and what a network costs."""
 
 from pyaccel.hardware.mac import LayerCost, MacEnergy, compression, efficiency, layer_costs
 

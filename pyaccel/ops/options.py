@@ -124,13 +124,9 @@ def dense(tensor: Tensor) -> Tensor:
 
 def step_like(sequence: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised state of one step, in the memory layout of a dense `sequence` ([T, ...], T may be 0)."""
-    return torch.empty_strided(sequence.shape[1:], _step_strides(sequence), dtype=dtype, device=sequence.device)
-
-
-def _step_strides(sequence: Tensor) -> tuple[int, ...]:
-    if sequence.numel() == 0:
-        return torch.empty(sequence.shape[1:], device="meta").stride()
-    return sequence.stride()[1:]
+    if sequence.is_contiguous():
+        return sequence.new_empty(sequence.shape[1:], dtype=dtype)
+    return torch.empty_strided(sequence.shape[1:], sequence.stride()[1:], dtype=dtype, device=sequence.device)
 
 
 def in_layout_of(step: Tensor | None, sequence: Tensor) -> Tensor | None:

@@ -1,0 +1,5 @@
+import sys
+
+from pyaccel.cli import main
+
+sys.exit(main())

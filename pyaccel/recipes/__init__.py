@@ -1,0 +1,41 @@
+"""Published methods, one module each, imported only when asked for.
+
+A recipe module has `Config` (a dataclass; `preset` and `data` are among its fields), `preset(name, data) -> Config`,
+`run(config, *, out, resume) -> Report`, and `describe(report) -> list[Section]`: what `report.md` says, the first
+section being what the command line prints at the end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+PRESETS = ("smoke", "desk", "paper")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    module: str
+    paper: str
+    summary: str
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module)
+
+
+RECIPES = {
+    "bntt": Recipe(
+        "pyaccel.recipes.bntt", "arXiv 2010.01729", "spiking networks with batch normalisation through time"
+    ),
+}
+
+
+def find(name: str) -> Recipe:
+    """The recipe of this name. ValueError, with the known names and the nearest one, otherwise."""
+    if name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(name, RECIPES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"unknown recipe {name!r}; known are {', '.join(sorted(RECIPES))}{hint}")
