@@ -5,6 +5,7 @@
 // the end, where it is exact. Activations lie in shared memory in the order the masks want them, made once a block; the
 // grid is a few blocks a multiprocessor that walk over the rows. Goal: 70 % of copy bandwidth at 2 and 4 bits.
 #include "../core/cuda_launch.h"
+#include "../core/cuda_vector.h"
 #include "index.h"
 #include "stream_cuda.h"
 
@@ -31,8 +32,7 @@ template <int bits>
 __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(const Linear f, const int64_t batch_row, const int words,
                                                                    const bool wide) {
   constexpr int masks = 8 / bits;
-  extern __shared__ uint4 shared_memory[];
-  uint32_t* planes = reinterpret_cast<uint32_t*>(shared_memory);
+  uint32_t* planes = pyaccel::cuda::dynamic_shared<uint32_t>();
   const int quads = (words + 3) / 4, count = quads * 4 * masks;
   const int64_t activation_words = words_of(f.length, f.activation_bits);
   const uint32_t* row = f.activations + batch_row * activation_words;
