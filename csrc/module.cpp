@@ -31,7 +31,7 @@ py::dict build_info() {
   info["version"] = PYACCEL_VERSION;
   info["compiler"] = __VERSION__;
 #ifdef PYACCEL_CUDA
-  info["cuda"] = PYACCEL_CUDA;  // "13.0; 80 90"
+  info["cuda"] = PYACCEL_CUDA;  // "13.0, 80-real 90-real 90-virtual"
 #else
   info["cuda"] = py::none();
 #endif

@@ -3,7 +3,7 @@
 from typing import Any
 
 def build_info() -> dict[str, Any]:
-    """version, compiler, cuda (None or "toolkit; architectures"), best_isa, isa, threads."""
+    """version, compiler, cuda (None or "toolkit, architectures"), best_isa, isa, threads."""
 
 def force_isa(level: str) -> None:
     """baseline, avx2 or avx512; ValueError for what this processor lacks."""

@@ -103,7 +103,7 @@ class BNTTLIF(_Neuron):
     Each of the `steps` time steps has statistics, running statistics and a `weight` (gamma, initially 1) a channel; there
     is no bias. Training uses batch statistics and updates the running ones (momentum 0.1, unbiased variance, as
     `nn.BatchNorm2d`); evaluation uses the running ones. Buffers and weight are `[steps, channels]`. Fewer than `steps`
-    steps may be run: the first T are used.
+    steps may be run: the first T are used, in every call: `stateful=True` carries the membrane over, not the step.
 
     Raises ValueError for more than `steps` steps: what was not trained has no statistics.
     """
@@ -121,7 +121,6 @@ class BNTTLIF(_Neuron):
     ):
         super().__init__(leak, threshold, **options)
         self.channels, self.steps, self.eps, self.momentum = channels, steps, eps, momentum
-        self.first = 0  # row of the next step: a stateful module goes on where the last call ended
         self.weight = nn.Parameter(torch.ones(steps, channels))
         self.register_buffer("running_mean", torch.zeros(steps, channels))
         self.register_buffer("running_var", torch.ones(steps, channels))
@@ -129,9 +128,9 @@ class BNTTLIF(_Neuron):
 
     def forward(self, current: Tensor) -> Tensor:
         steps = current.shape[0]
-        rows = slice(self.first, self.first + steps)
-        if rows.stop > self.steps:
-            raise ValueError(f"BNTTLIF: trained for {self.steps} steps, got {rows.stop}; later steps have no statistics")
+        rows = slice(0, steps)
+        if steps > self.steps:
+            raise ValueError(f"BNTTLIF: trained for {self.steps} steps, got {steps}; later steps have no statistics")
         state = state_dtype(current.dtype)
         given = {}
         if not self.training:
@@ -142,13 +141,7 @@ class BNTTLIF(_Neuron):
         if self.training:
             self._track(mean, var, rows, current[0, :, 0].numel() if steps else 0)
         self._keep(membrane)
-        if self.stateful:
-            self.first = rows.stop
         return spikes
-
-    def reset_state(self) -> None:
-        super().reset_state()
-        self.first = 0
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, rows: slice, count: int) -> None:

@@ -72,7 +72,7 @@ def _packed_like(spikes: Tensor, planes: int) -> Tensor:
 
 def _pack_kernel(spikes, planes):
     packed = _packed_like(spikes, planes)
-    good = extension._C.neuron.pack(spikes, packed, planes)
+    good = spikes.numel() == 0 or extension._C.neuron.pack(spikes, packed, planes)
     return packed, torch.tensor(good)
 
 
@@ -82,7 +82,8 @@ def _pack_fake(spikes, planes):
 
 def _unpack_kernel(packed, planes, shape, strides, dtype):
     spikes = torch.empty_strided(shape, strides, dtype=dtype, device=packed.device)
-    extension._C.neuron.unpack(packed, spikes, planes)
+    if spikes.numel():
+        extension._C.neuron.unpack(packed, spikes, planes)
     return spikes
 
 

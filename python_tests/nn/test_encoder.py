@@ -103,20 +103,15 @@ def test_it_is_compiled_without_breaks_once_for_all_passes(training):
     assert counter.frame_count == 1 and encoder.passes == plain.passes == (3 if training else 0)
 
 
-@pytest.mark.xfail(strict=True, reason="the key is brought to the CPU, and a meta tensor has no data")
 def test_meta():
     assert nn.PoissonEncoder(7).to("meta")(IMAGE.to("meta")).shape == (7, 4, 3, 5, 5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the operator takes 64-bit seeds; the module puts them into an int64 tensor as they are"
-)
 def test_seeds_of_64_bits():
     encoder = nn.PoissonEncoder(7, seed=(1 << 64) - 1).eval()
     assert torch.equal(encoder(IMAGE), ops.poisson_encode(IMAGE, 7, gain=0.5, seed=(1 << 64) - 1))
 
 
-@pytest.mark.xfail(strict=True, reason="a stream outside 32 bits is cut in silence, where the operator refuses it")
 @pytest.mark.parametrize("stream", [-1, 1 << 32])
 def test_streams_outside_32_bits_are_refused(stream):
     with pytest.raises(ValueError, match="stream must be in 0"):
