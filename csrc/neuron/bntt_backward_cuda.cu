@@ -116,10 +116,15 @@ PYACCEL_DEVICE void sum_rows(const Backward& a, const Place<State<T>, V, lanes>&
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t channel = grid.channel(place.column_block, lane);  // columns divide 32: the same in every group
   const bool writes = lane < grid.columns && channel < grid.channels;
-  const auto offset_of = [&](int group) {
-    const uint32_t position = grid.position(place.chunk, lane + 32 * static_cast<uint32_t>(group), 0);
-    return grid.inside(channel, position) ? grid.offset(channel, position) : nowhere;
+  uint32_t offsets[together];
+  const auto locate = [&](int group) {
+#pragma unroll
+    for (int j = 0; j < together; ++j) {
+      const uint32_t position = grid.position(place.chunk, lane + 32 * static_cast<uint32_t>(group + j), 0);
+      offsets[j] = grid.inside(channel, position) ? grid.offset(channel, position) : nowhere;
+    }
   };
+  locate(0);
   const int64_t step_means = P::across ? grid.channels : int64_t{grid.channels} * index::kFields;
   const S* means = table_at<S>(a.table, channel < grid.channels ? channel : 0, P::across) + first * step_means;
   const T* x = static_cast<const T*>(a.b.current) + index::at_step(first, a.row);
@@ -133,13 +138,11 @@ PYACCEL_DEVICE void sum_rows(const Backward& a, const Place<State<T>, V, lanes>&
     S s1[P::sums] = {}, s2[P::sums] = {};
 #pragma unroll 1
     for (int group = 0; group < warps; group += together) {
+      if constexpr (warps > together) locate(group);
       Pack<T, V> packs[together];
-      uint32_t offsets[together];
 #pragma unroll
-      for (int j = 0; j < together; ++j) {
-        offsets[j] = offset_of(group + j);
+      for (int j = 0; j < together; ++j)
         if (offsets[j] != nowhere) packs[j] = load<Access::streaming, V>(x + index::at_step(i, a.row) + offsets[j]);
-      }
 #pragma unroll
       for (int j = 0; j < together; ++j) {
         if (offsets[j] == nowhere) continue;

@@ -93,16 +93,16 @@ PYACCEL_HD int64_t segments(int64_t steps, int64_t every) {
 struct ChannelGrid {
   FastDivide by_inner;
   uint32_t channels = 0, positions = 0;
-  uint32_t columns = 1, rows = 1;
+  uint32_t columns = 1, column_bits = 0, rows = 1;  // columns = 1 << column_bits
   uint32_t position_lanes = 1, channel_lanes = 1;
   uint32_t rounds = 1;  // a thread visits this many places, `rows` apart
   uint32_t column_blocks = 1, chunks = 1;
 
   PYACCEL_HD uint32_t channel(uint32_t column_block, uint32_t thread) const {
-    return (column_block * columns + thread % columns) * channel_lanes;
+    return (column_block * columns + (thread & (columns - 1))) * channel_lanes;
   }
   PYACCEL_HD uint32_t position(uint32_t chunk, uint32_t thread, uint32_t round) const {
-    return ((chunk * rounds + round) * rows + thread / columns) * position_lanes;
+    return ((chunk * rounds + round) * rows + (thread >> column_bits)) * position_lanes;
   }
   PYACCEL_HD bool inside(uint32_t channel, uint32_t position) const {
     return channel < channels && position < positions;
@@ -132,7 +132,8 @@ inline ChannelGrid channel_grid(const BnttShape& shape, int64_t threads, int64_t
   g.position_lanes = across ? 1 : static_cast<uint32_t>(lanes);
   g.channel_lanes = across ? static_cast<uint32_t>(lanes) : 1;
   if (shape.inner == 1)
-    while (g.columns < 32 && g.columns * g.channel_lanes < g.channels) g.columns *= 2;
+    while (g.column_bits < 5 && (g.channel_lanes << g.column_bits) < g.channels) ++g.column_bits;
+  g.columns = 1u << g.column_bits;
   g.rows = static_cast<uint32_t>(threads) / g.columns;
   g.rounds = static_cast<uint32_t>(rounds);
   g.column_blocks = static_cast<uint32_t>(ceil_div(g.channels, int64_t{g.columns} * g.channel_lanes));

@@ -81,12 +81,7 @@ struct TimeSlope {
   }
   PYACCEL_DEVICE S operator()(int32_t since) const {
     S phi = exp_of(Fused<S>(-(static_cast<S>(since) * beta))).value;
-    if (underflows && since >= 88) {
-      phi = 0;
-#pragma unroll
-      for (int i = 0; i < 16; ++i)  // by constant indices: a variable one would move the table to local memory
-        if (since == 88 + i) phi = denormal[i];
-    }
+    if (underflows && since >= 88) phi = since >= 104 ? S(0) : denormal[since - 88];
     return phi * height;
   }
 };
@@ -102,7 +97,7 @@ struct BitReader {
 
 template <class T, int V>
 __global__ void __launch_bounds__(kStdbThreads, 5)
-    stdb_backward_kernel(const StdbBackward b, const TimeSlope<State<T>> slope) {
+    stdb_backward_kernel(const StdbBackward b, const __grid_constant__ TimeSlope<State<T>> slope) {
   using S = State<T>;
   constexpr int K = sizeof(T) * V >= 32 ? 2 : 4;
   constexpr int kWord = 32;  // steps of a word

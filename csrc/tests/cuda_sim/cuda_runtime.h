@@ -28,6 +28,7 @@
 #define __host__
 #define __shared__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct uint2 {
