@@ -5,6 +5,7 @@ PYACCEL_CUDA=auto|on|off and CMAKE_ARGS="-DNAME=VALUE ..." are honoured.
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(here), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # pip's build environments move: not the cached one
             f"-DPYACCEL_VERSION={self.distribution.get_version()}",
             f"-DPYACCEL_CUDA={os.environ.get('PYACCEL_CUDA', 'auto')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
