@@ -1,3 +1,5 @@
+# The installed `pyaccel` command is used, not `python -m pyaccel`: that would import the source folder, which has no kernels.
+#
 # make demo      set up a virtual environment, build, train a spiking network on real digits, write a report
 # make test      set up, build, run the tests
 # make sanitize  the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -12,13 +14,13 @@ SOURCES := $(shell find csrc pyaccel -name '*.py' -o -name '*.pyi' -o -name '*.h
 .PHONY: demo test sanitize build bench clean
 
 demo: $(VENV)/installed
-	$(RUN) -m pyaccel run bntt --preset desk --data digits --out demo-run
+	$(VENV)/bin/pyaccel run bntt --preset desk --data digits --out demo-run
 
 test: $(VENV)/installed
 	$(VENV)/bin/pytest
 
 bench: $(VENV)/installed
-	$(RUN) -m pyaccel bench neuron
+	$(VENV)/bin/pyaccel bench neuron
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(SOURCES)
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 _C: ModuleType | None
@@ -13,6 +14,11 @@ except ImportError as error:
         raise
     _C = None
     missing = f"the compiled module pyaccel._C could not be imported ({error})"
+    if (Path(__file__).parents[1] / "csrc").is_dir():
+        missing += (
+            "; this is the source folder, not the installed package: use the `pyaccel` command or another "
+            "working folder, or build the module in place with `make build`"
+        )
 
 
 def has_cuda() -> bool:
