@@ -7,6 +7,9 @@ import sys
 import pytest
 import torch
 
+# Fresh interpreters import the pyaccel that these tests import: never the source folder of the current directory.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

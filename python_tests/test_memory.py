@@ -34,7 +34,7 @@ def test_recycled_memory_is_not_touched_for_the_first_time_again(run_python):
 faults(1)
 before = faults()
 took = pyaccel.recycle_memory()
-faults(1)
+faults(8)  # the heap grows for a few calls until every block has found its place
 print(before, int(took), faults())
 """
     )

@@ -58,7 +58,7 @@ def _numbers(op, leak, threshold, reset, detach_reset, delay, surrogate, scale, 
     )
 
 
-_cached_numbers = functools.lru_cache(maxsize=256)(_numbers)
+_cached_numbers = functools.lru_cache(maxsize=256, typed=True)(_numbers)
 
 
 def _parameter(op: str, name: str, value: Tensor, current: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pyaccel
 from pyaccel.cli import main
 from pyaccel.recipes import bntt, report
 from pyaccel.recipes.folder import read_config
 from pyaccel.training.log import TIME_COLUMNS
 
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows(folder):
@@ -102,7 +102,7 @@ def test_killed_and_run_again_is_undisturbed_and_finished_networks_are_not_retra
         "--out",
         str(tmp_path),
     ]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(pyaccel.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", "pyaccel", *arguments], stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import pyaccel
 from pyaccel.training import list_checkpoints
 from pyaccel.training.log import TIME_COLUMNS, RunLog
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
-ROOT = SCRIPT.parents[2]
 
 
 def outcome(out):
@@ -29,7 +29,7 @@ def outcome(out):
 
 def start_and_signal(out, step, number):
     """Run the script, send the signal while it is inside the given step, return its exit code."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(pyaccel.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen([sys.executable, str(SCRIPT), str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                text=True, env={**os.environ, "PYTHONPATH": path})
     with process:
