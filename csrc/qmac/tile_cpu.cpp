@@ -64,6 +64,12 @@ PYACCEL_INLINE Bytes look_up(Bytes table, Bytes index) {
 #endif
 }
 
+// Lanes past the end of a row hold whatever lies there and may wrap; nobody reads their sums.
+PYACCEL_INLINE Shorts add_wrapping(Shorts a, Shorts b) {
+  typedef uint16_t Unsigned __attribute__((vector_size(PYACCEL_VECTOR_BYTES)));
+  return __builtin_bit_cast(Shorts, __builtin_bit_cast(Unsigned, a) + __builtin_bit_cast(Unsigned, b));
+}
+
 // 16-bit sums over `depth` steps, then one vpmaddwd with ones into 32 bits.
 template <int R, int C, bool lanes_signed>
 void quads_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t steps, int64_t depth, int32_t* out) {
@@ -80,7 +86,8 @@ void quads_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t 
       for (int i = 0; i < R; ++i) {
         const Bytes row = __builtin_bit_cast(Bytes, Ints{} + load_any<int32_t>(r + i * stride + 4 * s));
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) narrow[i][c] += lanes_signed ? multiply_bytes(row, lane[c]) : multiply_bytes(lane[c], row);
+        for (int c = 0; c < C; ++c)
+          narrow[i][c] = add_wrapping(narrow[i][c], lanes_signed ? multiply_bytes(row, lane[c]) : multiply_bytes(lane[c], row));
       }
     }
 #pragma GCC unroll 8
