@@ -34,8 +34,8 @@ def test_recycled_memory_is_not_touched_for_the_first_time_again(run_python):
 faults(1)
 before = faults()
 took = pyaccel.recycle_memory()
-faults(8)  # the heap grows for a few calls until every block has found its place
-print(before, int(took), faults())
+faults(8)  # the heap grows for a few calls until every block has found its place, and now and then for one more
+print(before, int(took), sorted(faults(1) for _ in range(9))[4])
 """
     )
     # without huge pages, so that a page fault stands for 4 KiB
