@@ -129,10 +129,6 @@ class _Synchronised(torch.autograd.Function):
         return (None, *found[:3], None, None, *found[3:], *(None,) * len(ctx.rest))
 
 
-def _dense(current: Tensor) -> Tensor:
-    return options.dense(current)
-
-
 def _scratch(current: Tensor, backward: bool) -> Tensor | None:
     size = extension._C.neuron.bntt_scratch_bytes(current, backward)
     return current.new_empty(size, dtype=torch.uint8) if size else None
@@ -145,7 +141,7 @@ def _outputs(current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps):
-    current = _dense(current)
+    current = options.dense(current)
     membrane = options.in_layout_of(membrane, current)
     spikes, membrane_out, mean_out, var_out = _outputs(current)
     if mean is not None:
@@ -164,13 +160,13 @@ def _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor,
 
 
 def _fake(current, weight, membrane, mean, var, *rest):
-    return _outputs(_dense(current))
+    return _outputs(options.dense(current))
 
 
 def _fallback(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps):
     keywords = options.keywords(leak_tensor, threshold_tensor, neuron)
     del keywords["delay"]
-    out = _outputs(_dense(current))
+    out = _outputs(options.dense(current))
     twin = reference.bntt_lif(current, weight, membrane, mean=mean, var=var, eps=eps, **keywords)
     return tuple(o.copy_(t) for o, t in zip(out, twin, strict=True))
 
@@ -215,7 +211,7 @@ def _backward_kernel(
     grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps, batch_statistics,
     wanted, phase, sums, count,
 ):  # fmt: skip
-    current = _dense(current)
+    current = options.dense(current)
     out = _gradients(current, weight, leak_tensor, threshold_tensor, wanted, phase)
     if current.numel() == 0:
         for o in out:
@@ -241,7 +237,7 @@ def _backward_kernel(
 
 
 def _backward_fake(grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *rest):
-    return _gradients(_dense(current), weight, leak_tensor, threshold_tensor, rest[-4], rest[-3])
+    return _gradients(options.dense(current), weight, leak_tensor, threshold_tensor, rest[-4], rest[-3])
 
 
 def _backward_fallback(
@@ -250,7 +246,7 @@ def _backward_fallback(
 ):  # fmt: skip
     if phase != WHOLE:
         raise NotImplementedError("bntt_lif: statistics over several processes need the compiled kernels")
-    out = _gradients(_dense(current), weight, leak_tensor, threshold_tensor, wanted, phase)
+    out = _gradients(options.dense(current), weight, leak_tensor, threshold_tensor, wanted, phase)
     with torch.enable_grad():
         leaves = [t if t is None else t.detach().requires_grad_() for t in (current, weight, membrane, leak_tensor, threshold_tensor)]
         keywords = options.keywords(leaves[3], leaves[4], neuron)
@@ -274,7 +270,7 @@ def _packed_outputs(current: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _packed_kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps):
-    current = _dense(current.contiguous())  # bits are counted in logical order
+    current = options.dense(current.contiguous())  # bits are counted in logical order
     if current.numel() == 0 or not extension._C.neuron.bntt_packs_in_place(current):
         spikes, *others = _kernel(current, weight, membrane, mean, var, leak_tensor, threshold_tensor, neuron, eps)
         return pack_spikes(spikes), *others
@@ -300,7 +296,7 @@ def _packed_fallback(current, *rest):
 
 
 def _statistics_kernel(current):
-    current = _dense(current)
+    current = options.dense(current)
     _, _, mean, var = _outputs(current)
     if current.numel() == 0:
         return mean.fill_(float("nan")), var.fill_(float("nan"))
@@ -309,7 +305,7 @@ def _statistics_kernel(current):
 
 
 def _statistics_fake(current):
-    return _outputs(_dense(current))[2:]
+    return _outputs(options.dense(current))[2:]
 
 
 def _statistics_fallback(current):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import extension, reference
-from pyaccel.ops import checks
+from pyaccel.ops import checks, options
 from pyaccel.ops.library import register
 
 STEPS = 1 << 16  # the counter has 16 bits for the time step
@@ -58,14 +58,8 @@ def poisson_encode(
     return _poisson_encode(image, sample_ids, key, gain, steps)
 
 
-def _dense_image(image: Tensor) -> Tensor:
-    if image.is_contiguous() or (image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last)):
-        return image
-    return image.contiguous()
-
-
 def _output(image: Tensor, steps: int) -> Tensor:
-    image = _dense_image(image)
+    image = options.dense_images(image)
     if image.is_contiguous():
         return image.new_empty((steps, *image.shape))
     return image.new_empty_strided((steps, *image.shape), (image.numel(), *image.stride()))
@@ -76,7 +70,7 @@ def _kernel(image, sample_ids, key, gain, steps):
     if spikes.numel() == 0:
         return spikes
     ids = None if sample_ids is None else sample_ids.contiguous()
-    extension._C.neuron.encode(_dense_image(image), ids, key.contiguous(), gain, spikes)
+    extension._C.neuron.encode(options.dense_images(image), ids, key.contiguous(), gain, spikes)
     return spikes
 
 

@@ -122,6 +122,13 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def dense_images(images: Tensor) -> Tensor:
+    """`images`, or a contiguous copy unless they already are contiguous or (`[B, C, H, W]`) channels-last."""
+    if images.is_contiguous() or (images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)):
+        return images
+    return images.contiguous()
+
+
 def step_like(sequence: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised state of one step, in the memory layout of a dense `sequence` ([T, ...], T may be 0)."""
     if sequence.is_contiguous():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from pyaccel.ops import checks, packing
+from pyaccel.ops import checks, options, packing
 
 UNPACKED_BYTES = 32 << 20  # backward unpacks this much at a time
 
@@ -85,16 +85,10 @@ def _autocast(spikes: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return spikes.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _dense_images(images: Tensor) -> Tensor:
-    if images.is_contiguous() or images.is_contiguous(memory_format=torch.channels_last):
-        return images
-    return images.contiguous()
-
-
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spikes, weight, bias, stride, padding, dilation, groups, kind, keep):
-        spikes = _dense_images(spikes)
+        spikes = options.dense_images(spikes)
         ctx.geometry, ctx.kind, ctx.layout = (stride, padding, dilation, groups), kind, packing.layout_of(spikes)
         packed = packing.pack("spike_conv2d", spikes, kind) if keep else None
         ctx.save_for_backward(packed, weight)
