@@ -6,11 +6,10 @@ user's table; measured time of a simulation on a CPU or GPU is never one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from pyaccel.hardware.cost import LayerCost
 
 MODES = ("data_gating", "subword_parallel")
 MODELS = ("physical", "multiplier_estimate", "linear45", "table")
@@ -91,52 +90,6 @@ def _next(widths, bits: int) -> int:
     if not fitting:
         raise ValueError(f"MacEnergy: the table has no precision of {bits} bits or more, only {sorted(widths)}")
     return fitting[0]
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """One convolution or linear layer: weights n, multiply-accumulates M an image, and the widths of its operands."""
-
-    name: str
-    weights: int
-    macs: int
-    weight_bits: int = 32
-    activation_bits: int = 32
-
-
-def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
-    """Weights and MACs of every `nn.Conv2d` and `nn.Linear` of `model`, quantised or not, in the order of their first use.
-
-    Convolution: H_out W_out C_out C_in kh kw / groups; linear: in * out for each vector of one image. A layer used twice
-    counts its MACs twice. `example` is a batch that the model takes; the model is left as it was.
-    """
-    found: dict[str, LayerCost] = {}
-    hooks = []
-    batch = max(1, example.shape[0])
-
-    def watch(name: str) -> Callable:
-        def hook(module, inputs, output):
-            macs = output.numel() // batch * module.weight[0].numel()
-            bits = (getattr(module, "weight_bits", 32), getattr(module, "activation_bits", 32))
-            before = found[name].macs if name in found else 0
-            found[name] = LayerCost(name, module.weight.numel(), before + macs, *bits)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            hooks.append(module.register_forward_hook(watch(name)))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # gradients on the input keep quantised layers on their float form, which needs no activation range
-        model(example.detach().clone().requires_grad_(example.is_floating_point()))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return list(found.values())
 
 
 def compression(layers: Sequence[LayerCost], reference: int = 32, *, stored: bool = False) -> float:
