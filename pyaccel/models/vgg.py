@@ -84,6 +84,7 @@ def plain(*blocks: tuple[int, int]) -> Vgg:
 
 
 DESCRIPTIONS = {
+    "mlp": Vgg((), (100, 100), "two hidden layers, for tasks as small as 8x8 digits"),
     "vgg5": Vgg((64, "A", 128, 128, "A"), (1024,), "a small network for demonstrations"),
     "vgg9_bntt": Vgg((64, 64, "A", 128, 128, "A", 256, 256, 256, "A"), (1024,), "2010.01729, official code"),
     "vgg11_bntt": Vgg(

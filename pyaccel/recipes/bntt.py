@@ -8,95 +8,69 @@ the energy of their arithmetic, and asks where BNTT's gains say that the network
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyaccel import models
-from pyaccel.data import CIFAR_MEAN, CIFAR_STD, Augment, Batch, Batches, epoch_order, open_images
-from pyaccel.data.images import ImageFolder, ImageSet
+from pyaccel.data import Batch, Batches
+from pyaccel.data.images import ImageSet
 from pyaccel.data.source import PACKAGED
-from pyaccel.models.vgg import Vgg
 from pyaccel.nn import BNTTLIF
 from pyaccel.recipes import plots
 from pyaccel.recipes.activity import Activity, LayerActivity
 from pyaccel.recipes.bntt_report import describe, results
+from pyaccel.recipes.classifier import (
+    ClassifierConfig,
+    Images,
+    check_choices,
+    check_fields,
+    device_of,
+    open_data,
+    plain_batches,
+    say,
+    train_classifier,
+)
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
 from pyaccel.recipes.report import Report, write
-from pyaccel.training import History, Trainer, accuracy, seed_everything
+from pyaccel.training import History, seed_everything
 
 __all__ = ["Config", "describe", "exit_step", "preset", "run"]
 
 NORMS = ("bntt", "shared", "none")
-# Of the specification's statistical check on 8x8 digits; too small a task for a VGG.
-MLP = Vgg((), (100, 100), "two hidden layers of 100, for 8x8 digits")
 # Fields that change no training: a run may continue in its folder with other values of them.
 FREE = ("norms", "seeds", "exit_threshold", "exit_over", "exit_absolute", "device")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassifierConfig):
     """Everything a run depends on.
 
     Args:
-        preset: the preset that the other fields come from; named in the report.
-        data: path of a data set, or a packaged set, "digits" or "digits8"; None: the environment variable PYACCEL_DATA.
-        train_images: train on so many images, chosen once for all seeds; None: on all.
-        watch_images: test images that the evaluation after each epoch looks at; None: all. The last one takes all.
-        model: a network of `pyaccel.models`, or "mlp" (hidden layers of 100 and 100).
-        width: every hidden layer this many times as wide.
         steps: time steps T.
         leak: what remains of the membrane after one step, 0..1.
         gain: of the encoder; a pixel x spikes with probability min(gain * abs(x), 1) at every step.
-        mean: subtracted from pixels in [0, 1], one value a channel; None: pixels stay as they are.
-        std: divides the pixels after that; None as for mean.
-        crop_padding: random crops after padding by so many pixels, in training.
-        flip: random horizontal flips in training.
         norms: the networks to train, of "bntt", "shared", "none".
-        epochs: passes over the training images.
-        batch_size: images a batch.
-        lr: learning rate of SGD; divided by 10 after the epochs numbered 5/10, 7/10 and 9/10 of `epochs`, from 0.
-        momentum: of SGD.
-        weight_decay: of SGD, on every parameter, BNTT's gains included.
-        amp: None for float32, "bf16", or "fp16" (CUDA) for the matrix products of training.
-        seeds: one network of each kind for each.
         exit_threshold: tau of the early exit.
         exit_over: what tau is compared with in a layer, "mean" or "max" over its channels.
         exit_absolute: compare absolute values of the gains.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
     """
 
-    preset: str = "paper"
-    data: str | None = None
-    train_images: int | None = None
-    watch_images: int | None = None
     model: str = "vgg9_bntt"
-    width: float = 1.0
     steps: int = 25
     leak: float = 0.95
     gain: float = 0.5
-    mean: tuple[float, ...] | None = CIFAR_MEAN
-    std: tuple[float, ...] | None = CIFAR_STD
-    crop_padding: int = 4
-    flip: bool = True
     norms: tuple[str, ...] = NORMS
-    epochs: int = 100
     batch_size: int = 256
     lr: float = 0.3
-    momentum: float = 0.9
     weight_decay: float = 1e-4
-    amp: str | None = None
-    seeds: tuple[int, ...] = (0,)
     exit_threshold: float = 0.1
     exit_over: str = "mean"
     exit_absolute: bool = False
-    device: str = "auto"
 
 
 PAPER = Config()
@@ -136,27 +110,27 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
     Errors: ValueError, FileNotFoundError for a configuration or data that cannot be run, before anything is written.
     """
     check(config)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    train, test = open_data(config)
-    build(
-        config, train, config.norms[0], 0
-    )  # a network that does not fit the images is refused before anything is written
+    train, test = open_data(config, "bntt")
+    # A network that does not fit the images is refused before anything is written.
+    build(config, train, config.norms[0], 0)
     out = open_run(out, asdict(config), resume=resume, free=FREE)
     measured, raster = {}, None
     for seed in config.seeds:
         for norm in config.norms:
             part = f"{norm}/seed-{seed}"
-            model, history = train_one(
-                config, train, test, norm, seed, device, out / part, resume_from(out, part, resume)
-            )
-            measured[norm, seed] = measure(model, test_batches(config, test), history, config)
+            model = build(config, train, norm, seed)
+            history = train_classifier(
+                model, train, test, config, seed=seed, name=norm, out=out / part, of=logits, free=FREE,
+                resume=resume_from(out, part, resume),
+            )  # fmt: skip
+            measured[norm, seed] = measure(model, plain_batches(config, test), history, config)
             if norm == "bntt" and raster is None:
-                raster = raster_of(model, test_batches(config, test))
+                raster = raster_of(model, plain_batches(config, test))
     report = Report(
         "bntt",
         config.preset,
         asdict(config),
-        environment(device),
+        environment(device_of(config)),
         results(config, measured, departures(config, train, test)),
     )
     if plots.available():
@@ -169,53 +143,19 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
 
 def check(config: Config) -> None:
     """ValueError for fields that no later check would name."""
-    for name in ("norms", "seeds"):
-        values = getattr(config, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"{name}: expected at least one value and none twice, got {list(values)}")
-    unknown = [norm for norm in config.norms if norm not in NORMS]
-    if unknown:
-        raise ValueError(f"norms: expected some of {', '.join(NORMS)}, got {', '.join(unknown)}")
-    for name in ("train_images", "watch_images", "steps", "epochs", "batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name in ("width", "lr", "gain"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+    check_choices("norms", config.norms, NORMS)
+    check_fields(config, at_least_one=("steps",), positive=("gain",))
     if config.exit_over not in ("mean", "max"):
         raise ValueError(f"exit_over must be mean or max, got {config.exit_over!r}")
 
 
-def open_data(config: Config) -> tuple[ImageSet | ImageFolder, ImageSet | ImageFolder]:
-    """Training and test images."""
-    if config.data is None and not os.environ.get("PYACCEL_DATA"):
-        raise ValueError(
-            f"the preset {config.preset} of bntt trains on CIFAR-10 and was given no data: download the binary version "
-            "(cifar-10-binary.tar.gz, https://www.cs.toronto.edu/~kriz/cifar.html), unpack it, and name the folder "
-            "with --data PATH or the environment variable PYACCEL_DATA; or choose the packaged digits: --preset desk "
-            "--data digits"
-        )
-    train, test = open_images(config.data, "train"), open_images(config.data, "test")
-    if train.shape != test.shape or train.classes != test.classes:
-        raise ValueError(f"{config.data}: training and test images differ in shape or classes")
-    return chosen(train, config.train_images), test
-
-
-def chosen(images: ImageSet | ImageFolder, count: int | None) -> ImageSet | ImageFolder:
-    """`count` images, a fair sample also of a set that is sorted by class; always the same ones."""
-    return images if count is None or count >= len(images) else images.subset(epoch_order(len(images), 0, 0)[:count])
-
-
-def test_batches(config: Config, test: ImageSet | ImageFolder) -> Batches:
-    augment = Augment(mean=config.mean, std=config.std)
-    return Batches(test, config.batch_size, shuffle=False, drop_last=False, augment=augment)
-
-
-def build(config: Config, images: ImageSet | ImageFolder, norm: str, seed: int) -> models.SpikingVgg:
+def build(config: Config, images: Images, norm: str, seed: int) -> models.SpikingVgg:
     """The network, its weights drawn from `seed` alone: the three kinds start from the same ones."""
     seed_everything(seed)
-    options = dict(
+    model = models.build(
+        config.model,
+        spiking=True,
+        width=config.width,
         input_shape=images.shape,
         classes=len(images.classes),
         steps=config.steps,
@@ -224,67 +164,12 @@ def build(config: Config, images: ImageSet | ImageFolder, norm: str, seed: int) 
         gain=config.gain,
         seed=seed,
     )
-    if config.model == "mlp":
-        model = models.SpikingVgg(MLP.scaled(config.width), **options)
-    else:
-        model = models.build(config.model, spiking=True, width=config.width, **options)
     return model.to(memory_format=torch.channels_last)  # a fifth faster on the CPU, and what GPUs prefer
-
-
-def train_one(
-    config: Config,
-    train: ImageSet | ImageFolder,
-    test: ImageSet | ImageFolder,
-    norm: str,
-    seed: int,
-    device: torch.device,
-    out: Path,
-    resume: str,
-) -> tuple[models.SpikingVgg, History]:
-    """One network, trained to the end of its last epoch, from scratch or from its checkpoint."""
-    model = build(config, train, norm, seed).to(device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones(config.epochs), 0.1)
-    augment = Augment(config.crop_padding, config.flip, config.mean, config.std)
-    watched = test_batches(config, chosen(test, config.watch_images))
-    trainer = Trainer(
-        model,
-        optimizer,
-        scheduler=scheduler,
-        loss_fn=loss,
-        epochs=config.epochs,
-        out=out,
-        amp=config.amp,
-        train_batches=Batches(train, config.batch_size, seed=seed, shuffle=True, drop_last=True, augment=augment),
-        evaluate=lambda model: accuracy(model, watched, device=device, forward=logits),
-        on_epoch_end=lambda trainer, row: say(f"{norm}, seed {seed}: {progress(row, config)}"),
-        config={k: v for k, v in asdict(config).items() if k not in FREE} | {"norm": norm, "seed": seed},
-        seed=seed,
-        device=device,
-    )
-    history = trainer.fit(resume)
-    return model, history
-
-
-def milestones(epochs: int) -> list[int]:
-    """Finished epochs at which the learning rate drops: after the epochs numbered 5/10, 7/10, 9/10 of all, from 0.
-
-    In integers: the published code compares floats for equality, and skips a drop where the product is not whole.
-    """
-    return [epochs * tenths // 10 + 1 for tenths in (5, 7, 9)]
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     # With sample ids the encoder draws for an image, not for its place in a batch.
     return model(batch.images.contiguous(memory_format=torch.channels_last), batch.sample_ids)
-
-
-def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    found = logits(model, batch)
-    right = (found.argmax(1) == batch.labels).float().mean()
-    return F.cross_entropy(found, batch.labels), {"accuracy": right}
 
 
 @dataclass(frozen=True)
@@ -370,7 +255,7 @@ def draw(config: Config, measured: dict[tuple[str, int], Measurement], raster: p
         plots.gain_map(first.gains, config.exit_threshold, first.exit_step, out / "gains.png")
 
 
-def departures(config: Config, train: ImageSet | ImageFolder, test: ImageSet | ImageFolder) -> list[str]:
+def departures(config: Config, train: Images, test: Images) -> list[str]:
     """In what a run is not the published CIFAR-10 experiment; empty if it is."""
     found = [
         group
@@ -380,7 +265,7 @@ def departures(config: Config, train: ImageSet | ImageFolder, test: ImageSet | I
     return found + ([] if is_cifar10(train, test) else ["data set"])
 
 
-def is_cifar10(train: ImageSet | ImageFolder, test: ImageSet | ImageFolder) -> bool:
+def is_cifar10(train: Images, test: Images) -> bool:
     """Whether these are CIFAR-10's original images, by sizes and deviations of channels, which JPEG copies change."""
     if not isinstance(train, ImageSet) or (len(train), len(test), train.shape) != (50_000, 10_000, (3, 32, 32)):
         return False
@@ -390,14 +275,3 @@ def is_cifar10(train: ImageSet | ImageFolder, test: ImageSet | ImageFolder) -> b
         values = torch.arange(256, dtype=torch.float64) / 255
         found.append(float(((values - (shares * values).sum()) ** 2 * shares).sum().sqrt()))
     return all(abs(f - known) < 5e-4 for f, known in zip(found, (0.2470, 0.2435, 0.2616), strict=True))
-
-
-def progress(row: dict, config: Config) -> str:
-    watched = f"test accuracy {row['eval_accuracy']:.2%}" + (
-        f" of {row['eval_n']} images" if config.watch_images else ""
-    )
-    return f"epoch {row['epoch']}/{config.epochs}  loss {row['train_loss']:.4f}  {watched}  {row['seconds']:.1f} s"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -185,7 +185,7 @@ def test_dropout_lies_where_the_hybrid_paper_has_it():
 
 
 def test_errors_say_what_to_do():
-    with pytest.raises(ValueError, match="unknown model 'vgg7'; known are cacl_net, resnet101"):
+    with pytest.raises(ValueError, match="unknown model 'vgg7'; known are cacl_net, mlp, resnet101"):
         models.build("vgg7", classes=10)
     with pytest.raises(ValueError, match="images of 8x8 are too small for this network: nothing .* after 10 layers"):
         models.build("vgg16", classes=10, input_shape=(3, 8, 8), spiking=False)

@@ -8,7 +8,8 @@ import torch
 from pyaccel.data import ImageSet
 from pyaccel.recipes import bntt
 from pyaccel.recipes.activity import LayerActivity
-from pyaccel.recipes.bntt import DESK_DIGITS, PAPER, SMOKE, Measurement, exit_step, milestones
+from pyaccel.recipes.bntt import DESK_DIGITS, PAPER, SMOKE, Measurement, exit_step
+from pyaccel.recipes.classifier import milestones
 from pyaccel.recipes.bntt_report import describe, results
 from pyaccel.recipes.report import Report, markdown
 
