@@ -7,6 +7,7 @@ from torch import nn
 from pyaccel.models import cacl, resnet, vgg
 from pyaccel.models.cacl import Cacl, CaclNet
 from pyaccel.models.checkpoints import load_official
+from pyaccel.models.continual import ContinualNet, factor_parameters
 from pyaccel.models.resnet import ResidualNet, ResNet
 from pyaccel.models.spiking import SpikingLayer, SpikingNetwork, SpikingVgg
 from pyaccel.models.spiking_resnet import SpikingBlock, SpikingResNet
@@ -15,6 +16,7 @@ from pyaccel.models.vgg import Vgg, VggNet
 __all__ = [
     "DESCRIPTIONS",
     "CaclNet",
+    "ContinualNet",
     "ResidualNet",
     "SpikingBlock",
     "SpikingLayer",
@@ -23,6 +25,7 @@ __all__ = [
     "SpikingVgg",
     "VggNet",
     "build",
+    "factor_parameters",
     "list_models",
     "load_official",
 ]

@@ -1,6 +1,7 @@
 """Modules over the operators, with parameters and explicit state."""
 
 from pyaccel.nn.analog import AnalogConv2d, AnalogLinear
+from pyaccel.nn.factorized import FactorizedConv2d, grown_spare, hoyer, kept_by_energy, orthogonality
 from pyaccel.nn.memory import NoisyMemory, StoredOutput, without_failures
 from pyaccel.nn.neuron import BNTTLIF, IF, LIF, STDBLIF, PoissonEncoder
 from pyaccel.nn.quant import QuantConv2d, QuantLinear, load_packed_state, packed_state
@@ -11,6 +12,7 @@ __all__ = [
     "AnalogConv2d",
     "AnalogLinear",
     "BNTTLIF",
+    "FactorizedConv2d",
     "IF",
     "LIF",
     "NoisyMemory",
@@ -23,7 +25,11 @@ __all__ = [
     "SpikeLinear",
     "StoredOutput",
     "every_step",
+    "grown_spare",
+    "hoyer",
+    "kept_by_energy",
     "load_packed_state",
+    "orthogonality",
     "packed_state",
     "without_failures",
 ]
