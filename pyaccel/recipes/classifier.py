@@ -134,7 +134,7 @@ def split(images: Images, count: int) -> tuple[Images, Images]:
     ValueError unless both parts hold at least one image.
     """
     if not 0 < count < len(images):
-        raise ValueError(f"a selection split of {count} images leaves nothing of {len(images)} to train on, or to select on")
+        raise ValueError(f"a selection split of {count} leaves nothing of {len(images)} images to train or select on")
     order = epoch_order(len(images), 1, 0)
     return images.subset(order[count:]), images.subset(order[:count])
 
@@ -203,11 +203,13 @@ def train_classifier(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     epochs: int | None = None,
     clip_norm: float | None = None,
+    on_epoch_end: Callable[[Trainer, dict], None] | None = None,
 ) -> History:
     """Train `model` in place to the end of its last epoch, from scratch or from its checkpoint in `out`.
 
     name: what progress lines call it, and part of the checkpoint's configuration. free: fields of `config` that change
-    no training. of: logits of a batch. optimizer, scheduler: SGD with three drops without them.
+    no training. of: logits of a batch. optimizer, scheduler: SGD with three drops without them. on_epoch_end: may add
+    to the row of metrics, which survives a kill with the checkpoint, as in `Trainer`.
     """
     device, epochs = device_of(config), config.epochs if epochs is None else epochs
     model.to(device)
@@ -217,6 +219,8 @@ def train_classifier(
     watched = plain_batches(config, chosen(test, config.watch_images))
 
     def progress(trainer: Trainer, row: dict) -> None:
+        if on_epoch_end is not None:
+            on_epoch_end(trainer, row)
         of_images = f" of {row['eval_n']} images" if config.watch_images else ""
         say(f"{name}, seed {seed}: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
             f"test accuracy {row['eval_accuracy']:.2%}{of_images}  {row['seconds']:.1f} s")  # fmt: skip
