@@ -21,6 +21,8 @@ CIFAR_STD = (0.2023, 0.1994, 0.2010)
 class Augment:
     """uint8 images to float32 in [0, 1], after a random crop and flip, then (x - mean) / std where both are given.
 
+    Frames of event recordings, [B, T, 2, H, W], are cropped and flipped alike in all T steps.
+
     crop_padding p: zeros (black) are padded p wide on each side and a window of the old size is cut, its offset
     uniform in 0..2p each way. flip: mirrored left to right with probability 1/2. mean, std: one value a channel.
     Without crop_padding and flip nothing is random: the form for evaluation.
@@ -40,23 +42,24 @@ class Augment:
         if self.std is not None and not all(value > 0 for value in self.std):
             raise ValueError(f"Augment: std must be positive, got {self.std}")
 
-    def __call__(self, images: Tensor, sample_ids: Tensor, seed: int, epoch: int, n: int) -> Tensor:
-        """images uint8 [B, C, H, W], sample_ids int64 [B] in 0..n-1 -> float32 [B, C, H, W], on the device of images.
+    def __call__(self, images: Tensor, sample_ids: Tensor, seed: int, epoch: int, n: int, white: int = 255) -> Tensor:
+        """images uint8 [B, C, H, W] or [B, T, C, H, W], sample_ids int64 [B] in 0..n-1 -> float32, on their device.
 
-        The draw of a sample depends on (seed, epoch, sample id) alone. TypeError, ValueError for another dtype, shape.
+        white: the value that becomes 1. The draw of a sample depends on (seed, epoch, sample id) alone. TypeError,
+        ValueError for another dtype, shape.
         """
         if images.dtype is not torch.uint8:
             raise TypeError(f"Augment: images must be uint8, got {images.dtype}")
-        if images.dim() != 4 or sample_ids.shape != images.shape[:1]:
-            raise ValueError("Augment: expected images [B, C, H, W] and sample_ids [B], "
+        if images.dim() not in (4, 5) or sample_ids.shape != images.shape[:1]:
+            raise ValueError("Augment: expected images [B, C, H, W] or [B, T, C, H, W] and sample_ids [B], "
                              f"got {tuple(images.shape)} and {tuple(sample_ids.shape)}")
-        if self.mean is not None and len(self.mean) != images.shape[1]:
-            raise ValueError(f"Augment: mean and std are for {len(self.mean)} channels, images have {images.shape[1]}")
+        if self.mean is not None and len(self.mean) != images.shape[-3]:
+            raise ValueError(f"Augment: mean and std are for {len(self.mean)} channels, images have {images.shape[-3]}")
         if self.crop_padding or self.flip:
             words = _epoch_words(n, seed, epoch).index_select(0, sample_ids.cpu()).to(images.device)
-            images = self._crop_and_flip(images, words)
+            images = self._crop_and_flip(images.flatten(1, -3), words).view(images.shape)
         # Divisors are tensors on the device: by a Python number CUDA multiplies with the reciprocal, one bit off.
-        pixels = images.to(torch.float32).div_(torch.full((), 255.0, device=images.device))
+        pixels = images.to(torch.float32).div_(torch.full((), float(white), device=images.device))
         if self.mean is not None:
             mean, std = (torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
                          for values in (self.mean, self.std))

@@ -18,7 +18,7 @@ PREFETCH = 2  # Batches made ahead by the background thread: one ready, one in t
 
 
 class Batch(NamedTuple):
-    """images float32 [B, C, H, W]; labels int64 [B]; sample_ids int64 [B], the positions in the data set."""
+    """images float32 [B, C, H, W], of recordings [B, T, 2, H, W]; labels int64 [B]; sample_ids int64 [B], the positions in the data set."""
 
     images: Tensor
     labels: Tensor
@@ -28,12 +28,12 @@ class Batch(NamedTuple):
 class Batches:
     """Cuts the epochs of a data set into batches, in an order that depends on (seed, epoch) alone.
 
-    dataset: an `ImageSet`, an `ImageFolder`, or any Dataset with a length whose items are (tensor [C, H, W], label).
+    dataset: an `ImageSet`, an `ImageFolder`, an `EventFolder`, or any Dataset with a length whose items are (tensor [C, H, W], label).
     batch_size: images of one global batch, over all ranks; rank r of `world` gets the r-th of `world` slices of it, so
     the ranks together see what one process would. shuffle: in the order of `epoch_order`, else as stored.
     drop_last: leave out a last batch that is not full; kept, its slices may differ by one image or be empty.
-    augment: applied to uint8 images; None only scales them to [0, 1]. Images of another dtype come as float32,
-    otherwise unchanged, and allow no augment.
+    augment: applied to uint8 images; None only scales them to [0, 1] (a data set's `white` says what becomes 1, where
+    it is not 255). Images of another dtype come as float32, otherwise unchanged, and allow no augment.
     ValueError: batch_size not a multiple of world, rank outside 0..world-1, or no full batch where drop_last wants one.
     """
 
@@ -76,7 +76,8 @@ class Batches:
     def _make(self, ids: Tensor, epoch: int) -> Batch:
         images, labels = _fetch(self.dataset, ids)
         if images.dtype is torch.uint8 or self.augment is not None:
-            images = (self.augment or Augment())(images, ids, self.seed, epoch, len(self.dataset))
+            white = getattr(self.dataset, "white", 255)
+            images = (self.augment or Augment())(images, ids, self.seed, epoch, len(self.dataset), white)
         return Batch(images.to(torch.float32), labels, ids)
 
 

@@ -91,7 +91,7 @@ class ImageFolder(Dataset):
         def fill(row: int, i: int) -> None:
             images[row] = self[i][0]
 
-        with ThreadPoolExecutor(_decoding_threads()) as pool:
+        with ThreadPoolExecutor(decoding_threads()) as pool:
             for _ in pool.map(fill, range(len(index)), index.tolist()):
                 pass  # Iterating is what raises the error of a worker.
         return images, labels
@@ -152,6 +152,6 @@ def as_index(indices: Indices, n: int) -> Tensor:
     return index.to(torch.int64)
 
 
-def _decoding_threads() -> int:
+def decoding_threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -75,7 +75,7 @@ def read_npz(file: Source, split: str) -> ImageSet:
     FileNotFoundError; ValueError for a damaged file, pickled content, missing keys, wrong shapes, types or labels.
     """
     file = Path(file)
-    arrays = _Npz(file)
+    arrays = NpzFile(file)
     splits = {key.removesuffix("_images") if key != "images" else "all": key for key in arrays.keys
               if key == "images" or key.endswith("_images")}
     if not splits:
@@ -211,7 +211,7 @@ def _class_names(file: Path, count: int) -> list[str]:
     return names
 
 
-class _Npz:
+class NpzFile:
     """The arrays of a .npz file, each read when asked for, never unpickled."""
 
     def __init__(self, file: Path):

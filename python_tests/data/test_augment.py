@@ -125,7 +125,7 @@ IMAGES, IDS = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.arange(2)
     (lambda: Augment(mean=(0.5,), std=(0.0,)), ValueError, r"std must be positive, got \(0.0,\)"),
     (lambda: Augment()(IMAGES / 255, IDS, 0, 0, 2), TypeError, "images must be uint8, got torch.float32"),
     (lambda: Augment()(IMAGES[0], IDS, 0, 0, 2), ValueError,
-     r"expected images \[B, C, H, W\] and sample_ids \[B\], got \(1, 4, 4\)"),
+     r"expected images \[B, C, H, W\] or \[B, T, C, H, W\] and sample_ids \[B\], got \(1, 4, 4\)"),
     (lambda: Augment()(IMAGES, IDS[:1], 0, 0, 2), ValueError, r"got \(2, 1, 4, 4\) and \(1,\)"),
     (lambda: Augment(mean=CIFAR_MEAN, std=CIFAR_STD)(IMAGES, IDS, 0, 0, 2), ValueError,
      "mean and std are for 3 channels, images have 1"),

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import pyaccel.data
 from pyaccel.data import ImageFolder, ImageSet
-from pyaccel.data.images import _decoding_threads, decode
+from pyaccel.data.images import decoding_threads, decode
 
 
 @pytest.fixture
@@ -211,10 +211,10 @@ def test_without_pillow_the_extra_is_named(folder, monkeypatch):
 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = _decoding_threads()
+    alone = decoding_threads()
     assert 1 <= alone <= 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
-    assert _decoding_threads() == 1
+    assert decoding_threads() == 1
 
 
 def test_import_loads_no_optional_package():
