@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(text: str) -> int:
-    print(f"pyaccel: error: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
+    print(f"pyaccel: error: {text}" if rank == "0" else f"pyaccel, rank {rank}: error: {text}", file=sys.stderr)
     return 2
 
 
@@ -88,14 +89,18 @@ def _run(arguments: list[str]) -> int:
 
     from pyaccel.memory import recycle_memory
     from pyaccel.recipes.report import MARKDOWN, section_text
+    from pyaccel.training import distributed
 
     recycle_memory()
     # Outside training, where the trainer notes the signal and saves, SIGTERM ends the run with the same code.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        report = module.run(config, out=out, resume=resume)
+        with distributed.process_group():
+            report, first = module.run(config, out=out, resume=resume), distributed.rank() == 0
     finally:
         signal.signal(signal.SIGTERM, before)
+    if not first:
+        return 0
     headline = dataclasses.replace(module.describe(report)[0], plots=())
     print(f"{section_text(headline)}\n\nThe whole report: {Path(out) / MARKDOWN}")
     return 0

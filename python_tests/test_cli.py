@@ -11,10 +11,10 @@ from pyaccel.recipes import bntt
 from pyaccel.recipes.folder import open_run
 
 FLAGS = [
-    "--amp", "--batch_size", "--config", "--crop_padding", "--data", "--device", "--epochs", "--exit_absolute",
+    "--accumulate", "--amp", "--batch_size", "--config", "--crop_padding", "--data", "--device", "--epochs", "--exit_absolute",
     "--exit_over", "--exit_threshold", "--flip", "--gain", "--help", "--leak", "--lr", "--mean", "--model",
     "--momentum", "--norms", "--out", "--preset", "--print_config", "--resume", "--seeds", "--std", "--steps",
-    "--train_images", "--watch_images", "--weight_decay", "--width",
+    "--sync_norm", "--train_images", "--watch_images", "--weight_decay", "--width",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyaccel.data import CIFAR_MEAN, CIFAR_STD, Augment, Batch, Batches, epoch_order, open_images
 from pyaccel.data.images import ImageFolder, ImageSet
-from pyaccel.training import History, Trainer, accuracy
+from pyaccel.training import History, Trainer, accuracy, distributed
 
 Images = ImageSet | ImageFolder
 Logits = Callable[[nn.Module, Batch], Tensor]
@@ -45,7 +45,9 @@ class ClassifierConfig:
         crop_padding: random crops after padding by so many pixels, in training.
         flip: random horizontal flips in training.
         epochs: passes over the training images.
-        batch_size: images a batch.
+        batch_size: images a step, over all processes.
+        accumulate: cut each process's share of a batch into so many parts, one after the other, to save memory.
+        sync_norm: batch statistics of the images of all processes, not of each process by itself.
         lr: learning rate of SGD; divided by 10 after the epochs numbered 5/10, 7/10 and 9/10 of `epochs`, from 0.
         momentum: of SGD.
         weight_decay: of SGD.
@@ -66,6 +68,8 @@ class ClassifierConfig:
     flip: bool = True
     epochs: int = 100
     batch_size: int = 128
+    accumulate: int = 1
+    sync_norm: bool = False
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -75,9 +79,12 @@ class ClassifierConfig:
 
 
 def device_of(config: ClassifierConfig) -> torch.device:
-    """The device that `config.device` names."""
+    """The device that `config.device` names; of several processes, each has its own GPU."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if config.device == "auto" else config.device)
+    device = torch.device(automatic if config.device == "auto" else config.device)
+    if device.type == "cuda" and device.index is None and distributed.world() > 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def check_choices(name: str, values: Sequence, known: Sequence | None = None) -> None:
@@ -92,7 +99,7 @@ def check_choices(name: str, values: Sequence, known: Sequence | None = None) ->
 def check_fields(config: Any, *, at_least_one: Collection[str] = (), positive: Collection[str] = ()) -> None:
     """ValueError for the shared fields that no later check would name, and for the named ones of the recipe's own."""
     check_choices("seeds", config.seeds)
-    for name in ("train_images", "watch_images", "epochs", "batch_size", *at_least_one):
+    for name in ("train_images", "watch_images", "epochs", "batch_size", "accumulate", *at_least_one):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -139,10 +146,16 @@ def split(images: Images, count: int) -> tuple[Images, Images]:
     return images.subset(order[count:]), images.subset(order[:count])
 
 
-def plain_batches(config: ClassifierConfig, images: Images, *, normalise: bool = True) -> Batches:
-    """Batches for evaluation: every image once, in its order; `normalise=False` leaves pixels in [0, 1] for attacks."""
+def plain_batches(
+    config: ClassifierConfig, images: Images, *, normalise: bool = True, spread: bool = False
+) -> Batches:
+    """Batches for evaluation: every image once, in its order; `normalise=False` leaves pixels in [0, 1] for attacks.
+
+    spread: each process gets its slice of every batch, as `training.accuracy` wants; else each gets them all.
+    """
     augment = Augment(mean=config.mean, std=config.std) if normalise else Augment()
-    return Batches(images, config.batch_size, shuffle=False, drop_last=False, augment=augment)
+    ranks = dict(rank=distributed.rank(), world=distributed.world()) if spread else {}
+    return Batches(images, config.batch_size, shuffle=False, drop_last=False, augment=augment, **ranks)
 
 
 class Normalised(nn.Module):
@@ -216,7 +229,7 @@ def train_classifier(
     optimizer = sgd(config, model) if optimizer is None else optimizer
     scheduler = scheduler or torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones(epochs), 0.1)
     augment = Augment(config.crop_padding, config.flip, config.mean, config.std)
-    watched = plain_batches(config, chosen(test, config.watch_images))
+    watched = plain_batches(config, chosen(test, config.watch_images), spread=True)
 
     def progress(trainer: Trainer, row: dict) -> None:
         if on_epoch_end is not None:
@@ -234,7 +247,11 @@ def train_classifier(
         out=out,
         amp=config.amp,
         clip_norm=clip_norm,
-        train_batches=Batches(train, config.batch_size, seed=seed, shuffle=True, drop_last=True, augment=augment),
+        accumulate=config.accumulate,
+        train_batches=Batches(
+            train, config.batch_size, seed=seed, shuffle=True, drop_last=True, augment=augment,
+            rank=distributed.rank(), world=distributed.world(),
+        ),
         evaluate=lambda model: accuracy(model, watched, device=device, forward=of),
         on_epoch_end=progress,
         config={k: v for k, v in asdict(config).items() if k not in free} | {"name": name, "seed": seed},
@@ -245,4 +262,6 @@ def train_classifier(
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """A line on standard error, from rank 0."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pyaccel.training import distributed
+
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
@@ -43,13 +45,21 @@ def open_run(
             raise ValueError(
                 f"{out} holds a run with another configuration ({'; '.join(changed)}); choose another --out"
             )
+    distributed.barrier()  # Every rank has found the folder as it was, and refused it or not.
+    if distributed.rank() == 0:
+        write_config(out, config)
+    distributed.barrier()
+    return out
+
+
+def write_config(out: Path, config: dict[str, Any]) -> None:
+    """Write `config.yaml` into a folder, which is made if it is not there."""
     out.mkdir(parents=True, exist_ok=True)
     # JSON values are YAML values: no YAML library is needed to write or read this file.
     lines = "".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items())
     temporary = out / (CONFIG + ".tmp")
     temporary.write_text(lines, encoding="utf-8")
     os.replace(temporary, out / CONFIG)
-    return out
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyaccel.training import distributed
+
 # Okabe and Ito's palette, told apart by every kind of colour vision; dashes say the same once more.
 STYLES = {
     "bntt": ("BNTT", "#0072B2", "-"),
@@ -199,6 +201,7 @@ def _figure(path: str | os.PathLike, columns: int | None, size: tuple[float, flo
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, columns, squeeze=False)[0] if columns else None
         yield figure, axes
-        temporary = f"{os.fspath(path)}.tmp"
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
+        if distributed.rank() == 0:
+            temporary = f"{os.fspath(path)}.tmp"
+            figure.savefig(temporary, format="png")
+            os.replace(temporary, path)

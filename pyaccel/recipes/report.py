@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pyaccel.training import distributed
+
 JSON, MARKDOWN = "report.json", "report.md"
 
 
@@ -140,6 +142,8 @@ def table_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _replace(file: Path, text: str) -> Path:
+    if distributed.rank() != 0:
+        return file
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .distributed import from_all, world
+
 
 class Averages:
     """Means of named values over samples, summed in float64. `state()` and `load()` carry them through a checkpoint."""
@@ -27,6 +29,18 @@ class Averages:
     def means(self) -> dict[str, float]:
         """The means so far; waits for the device."""
         return {name: float(total) / count if count else float("nan") for name, (total, count) in self._sums.items()}
+
+    def over_ranks(self) -> Averages:
+        """The averages over the samples of all ranks; this object itself in a run of one process."""
+        if world() == 1:
+            return self
+        everyone, whole = from_all((self.samples, {n: (float(t), c) for n, (t, c) in self._sums.items()})), Averages()
+        for samples, sums in everyone:
+            whole.samples += samples
+            for name, (total, count) in sums.items():
+                before, counted = whole._sums.get(name, (0.0, 0))
+                whole._sums[name] = (before + total, counted + count)
+        return whole
 
     def state(self) -> dict:
         return {"samples": self.samples, "sums": dict(self._sums)}

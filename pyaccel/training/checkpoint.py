@@ -63,36 +63,56 @@ class Checkpoint:
         return self.state["position"]
 
 
-def save_checkpoint(folder: str | os.PathLike, *, model: nn.Module, optimizer=None, scheduler=None, scaler=None,
-                    position: dict, config: dict | None = None, keep: int = 2, best: bool = False,
-                    rng: list[dict] | None = None) -> Path:
-    """Write `folder/step-…` and remove all but the `keep` newest checkpoints and the newest one saved as `best`.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold, copied to the CPU: training may go on while it is written."""
 
-    position: plain values and tensors; position["step"], the number of finished steps, names the checkpoint, and an
-    earlier checkpoint of the same step is replaced. config: what JSON can hold, or a dataclass of it.
-    rng: the `capture_rng()` of every process, this one's by default.
-    OSError where it cannot be written (a full disk): nothing is left of it and earlier checkpoints are untouched.
+    tensors: dict[str, Tensor]
+    ties: dict[str, str]
+    state: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["position"]["step"])
+
+
+def snapshot(*, model: nn.Module, optimizer=None, scheduler=None, scaler=None, position: dict,
+             config: dict | None = None, rng: list[dict] | None = None) -> Snapshot:
+    """Copy what `write_checkpoint` writes.
+
+    position: plain values and tensors; position["step"] is the number of finished steps. config: what JSON can hold, or
+    a dataclass of it. rng: the `capture_rng()` of every process, this one's by default.
     TypeError names a value that would not load again.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
     if "step" not in position:
         raise ValueError(f"position must hold the number of finished steps as 'step', got {sorted(position)}")
-    folder, step = Path(folder), int(position["step"])
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     state = {name: None if part is None else plain_state(part.state_dict(), name) for name, part in parts.items()}
     state["classes"] = {name: type(part).__name__ for name, part in parts.items() if part is not None}
     state["rng"] = plain_state(rng if rng is not None else [capture_rng()], "rng")
     state["position"] = plain_state(position, "position")
-    meta = {"format": FORMAT, "step": step, "best": bool(best), "config": plain_config(config), "versions": _versions()}
+    tensors, ties = named_tensors(model)
+    return Snapshot(tensors, ties, state, plain_config(config))
 
+
+def write_checkpoint(folder: str | os.PathLike, taken: Snapshot, *, keep: int = 2, best: bool = False) -> Path:
+    """Write `folder/step-…` and remove all but the `keep` newest checkpoints and the newest one saved as `best`.
+
+    An earlier checkpoint of the same step is replaced.
+    OSError where it cannot be written (a full disk): nothing is left of it and earlier checkpoints are untouched.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    folder, step = Path(folder), taken.step
+    meta = {"format": FORMAT, "step": step, "best": bool(best), "config": taken.config, "versions": _versions()}
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     final = folder / f"step-{step:08d}"
     temporary, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
-        _write(temporary, model, state, meta)
+        _write(temporary, taken, meta)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         cause = _os_error(error)
@@ -107,6 +127,11 @@ def save_checkpoint(folder: str | os.PathLike, *, model: nn.Module, optimizer=No
     sync_folder(folder)
     _purge(folder, step, keep)
     return final
+
+
+def save_checkpoint(folder: str | os.PathLike, *, keep: int = 2, best: bool = False, **parts: Any) -> Path:
+    """`write_checkpoint` of a `snapshot` of these parts, here and now."""
+    return write_checkpoint(folder, snapshot(**parts), keep=keep, best=best)
 
 
 def load_checkpoint(folder: str | os.PathLike) -> Checkpoint:
@@ -180,12 +205,11 @@ def set_aside_after(folder: str | os.PathLike, step: int) -> None:
             os.rename(path, aside)
 
 
-def _write(folder: Path, model: nn.Module, state: dict, meta: dict) -> None:
+def _write(folder: Path, taken: Snapshot, meta: dict) -> None:
     folder.mkdir()
-    tensors, ties = named_tensors(model)
-    write_tensors(folder / WEIGHTS, tensors, {"ties": ties})
+    write_tensors(folder / WEIGHTS, taken.tensors, {"ties": taken.ties})
     with open(folder / STATE, "wb") as file:
-        torch.save(state, file)
+        torch.save(taken.state, file)
     meta["files"] = {}
     for name in (WEIGHTS, STATE):
         sync_file(folder / name)

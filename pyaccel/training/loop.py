@@ -16,15 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from . import distributed
 from .averages import Averages, FiniteCheck
-from .checkpoint import Checkpoint, list_checkpoints, load_checkpoint, restore, save_checkpoint, set_aside_after
+from .background import Background
+from .checkpoint import (Checkpoint, list_checkpoints, load_checkpoint, restore, set_aside_after, snapshot,
+                         write_checkpoint)
 from .log import RunLog
 from .plain import plain_config
 from .progress import Progress
-from .seeds import seed_everything
+from .seeds import capture_rng, seed_everything
 from .signals import StopRequest, stop_on_signals
-from .transfer import to_device
+from .transfer import cut, to_device
 
 CHECKPOINTS = "checkpoints"
 AMP_TYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,13 +59,20 @@ class Trainer:
     scheduler: stepped once an epoch, after the evaluation. amp: None, "bf16", or "fp16" (CUDA, with loss scaling).
     clip_norm: the largest norm of all gradients together. max_steps: stop after so many steps in total; the epoch that
     this cuts is neither evaluated nor logged as a row, and a later run with more steps continues it.
-    checkpoint_minutes, checkpoint_steps: save so often, in `out/checkpoints`, besides the end and each new best epoch.
+    accumulate: cut each batch into so many parts, whose gradients are summed before the one step: memory for a part,
+    the gradient of the whole (layers with batch statistics see parts).
+    checkpoint_minutes, checkpoint_steps: save so often, in `out/checkpoints`, besides the end and each new best epoch;
+    the files are written beside the training.
     log_steps: how often to log inside an epoch, and to look for a loss that is not finite where each look waits for a
-    GPU; on the CPU every step is checked. rank: only rank 0 writes.
+    GPU; on the CPU every step is checked.
+
+    In a process group (see `distributed.process_group`) the model trains in DistributedDataParallel: `train_batches`
+    yields this rank's slices, equally large; gradients are means over the ranks, metrics means over all samples;
+    `evaluate` runs on every rank, its results are rank 0's; rank 0 writes. `out` is a folder that all ranks see.
 
     Before each step, `set_step(step)` is called on every module of the model that has it, so that random layers draw by
     step and not by history. A run killed at any step and resumed gives the bits of an undisturbed one: on the CPU with
-    the same number of threads, on CUDA in deterministic mode.
+    the same number of threads and processes, on CUDA in deterministic mode.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *,
@@ -69,9 +80,10 @@ class Trainer:
                  out: str | os.PathLike, scheduler: Any = None,
                  evaluate: Callable[[nn.Module], dict[str, float]] | None = None, best_metric: str = "accuracy",
                  on_epoch_end: Callable[[Trainer, dict], None] | None = None, amp: str | None = None,
-                 clip_norm: float | None = None, max_steps: int | None = None, checkpoint_minutes: float | None = 10.0,
-                 checkpoint_steps: int | None = None, keep: int = 2, log_steps: int = 100, tensorboard: bool = False,
-                 config: Any = None, seed: int = 0, device: str | torch.device = "cpu", rank: int = 0):
+                 clip_norm: float | None = None, accumulate: int = 1, max_steps: int | None = None,
+                 checkpoint_minutes: float | None = 10.0, checkpoint_steps: int | None = None, keep: int = 2,
+                 log_steps: int = 100, tensorboard: bool = False, config: Any = None, seed: int = 0,
+                 device: str | torch.device = "cpu"):
         self.device = torch.device(device)
         if amp not in AMP_TYPES:
             raise ValueError(f"amp must be None, 'bf16' or 'fp16', got {amp!r}")
@@ -83,14 +95,15 @@ class Trainer:
         if len(train_batches) < 1:
             raise ValueError("train_batches holds no batch; choose a smaller batch size or keep the last batch")
         for name, value in (("epochs", epochs), ("max_steps", max_steps), ("checkpoint_steps", checkpoint_steps),
-                            ("log_steps", log_steps), ("keep", keep)):
+                            ("log_steps", log_steps), ("keep", keep), ("accumulate", accumulate)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.loss_fn, self.train_batches = loss_fn, train_batches
         self.evaluate, self.on_epoch_end = evaluate, on_epoch_end
         self.epochs, self.max_steps, self.clip_norm, self.best_metric = epochs, max_steps, clip_norm, best_metric
-        self.out, self.config, self.keep, self.seed, self.rank = Path(out), plain_config(config), keep, seed, rank
+        self.out, self.config, self.keep, self.seed = Path(out), plain_config(config), keep, seed
+        self.rank, self.world, self.accumulate = distributed.rank(), distributed.world(), accumulate
         self.checkpoint_minutes, self.checkpoint_steps = checkpoint_minutes, checkpoint_steps
         self.log_steps, self.tensorboard = log_steps, tensorboard
         self.amp_type = AMP_TYPES[amp]
@@ -109,18 +122,26 @@ class Trainer:
         folder that holds checkpoints; else the path of a checkpoint or of a run. A start seeds everything with `seed`.
         FloatingPointError for a loss that is not finite; the checkpoints before it stay.
         """
-        with stop_on_signals() as stop, RunLog(self.out, rank=self.rank, tensorboard=self.tensorboard) as self.log:
-            self._begin(resume)
-            while self.epoch < self.epochs and not self._is_cut():
-                self._train_epoch(stop)
-                if self._is_cut():
-                    break
-                improved = self._end_epoch()
-                if improved or self.epoch == self.epochs or self._is_due():
-                    self._save(best=improved)
-                self._leave_if(stop)
-            self._save()
-            return History(list(self.log.rows), self.epoch, self.step, self.best, self.averages.means())
+        self._writer = Background("pyaccel-checkpoint")
+        try:
+            with stop_on_signals() as stop, RunLog(self.out, rank=self.rank, tensorboard=self.tensorboard) as self.log:
+                self._begin(resume)
+                while self.epoch < self.epochs and not self._is_cut():
+                    self._train_epoch(stop)
+                    if self._is_cut():
+                        break
+                    improved = self._end_epoch()
+                    due, signal = distributed.largest(self._is_due(), stop.signal)
+                    if improved or self.epoch == self.epochs or due:
+                        self._save(best=improved)
+                    self._leave_if(signal)
+                self._save()
+                self._writer.wait()
+                distributed.share_buffers(self.model)
+                rows = distributed.from_first(self.log.rows)
+                return History(list(rows), self.epoch, self.step, self.best, self.averages.means())
+        finally:
+            self._writer.close()  # Whatever ended the run, a checkpoint on its way reaches the disk.
 
     def _begin(self, resume: str | os.PathLike) -> None:
         folder = self.out / CHECKPOINTS
@@ -128,17 +149,29 @@ class Trainer:
         self._finite = FiniteCheck()
         checkpoint = self._find(resume, folder)
         if checkpoint is None:
-            seed_everything(self.seed)
+            seed_everything(self.seed + self.rank)
             self.log.truncate(0, 0)
         else:
             self._load(checkpoint)
             self.log.truncate(self.step, self.epoch)
+            distributed.barrier()  # All have read what rank 0 may now rename.
             if self.rank == 0:
                 set_aside_after(folder, self.step)
             if checkpoint.folder.parent.resolve() == folder.resolve():
                 self._saved = (self.epoch, self.step)
-        self.log.event("resume" if checkpoint else "start", step=self.step, epoch=self.epoch, config=self.config)
+        self._wrap()
+        self.log.event("resume" if checkpoint else "start", step=self.step, epoch=self.epoch, config=self.config,
+                       world=self.world)
         self._last_save = time.monotonic()
+
+    def _wrap(self) -> None:
+        """Put the model into DistributedDataParallel, which gives all ranks the parameters and buffers of rank 0."""
+        self._replica: nn.Module = self.model
+        if self.world > 1:
+            # Without the search for unused parameters the first step would sum gradients in another order than the
+            # later ones, and a resumed run would have a first step of its own.
+            same_order = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+            self._replica = DistributedDataParallel(self.model, find_unused_parameters=same_order)
 
     def _find(self, resume: str | os.PathLike, folder: Path) -> Checkpoint | None:
         if resume in ("auto", "never"):
@@ -146,9 +179,14 @@ class Trainer:
             if found and resume == "never":
                 raise ValueError(f"{folder} holds checkpoints of an earlier run, the last is {found[0].name}; choose "
                                  "another folder, remove them, or resume")
-            return load_checkpoint(folder) if found else None
-        run = Path(resume) / CHECKPOINTS
-        return load_checkpoint(run if run.is_dir() else resume)
+            source = folder if found else None
+        else:
+            run = Path(resume) / CHECKPOINTS
+            source = run if run.is_dir() else Path(resume)
+        # Rank 0 decides which one is the newest sound one.
+        checkpoint = load_checkpoint(source) if source and self.rank == 0 else None
+        chosen = distributed.from_first(checkpoint and checkpoint.folder)
+        return checkpoint or (load_checkpoint(chosen) if chosen else None)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         changed = sorted(key for key in self.config.keys() | checkpoint.config.keys()
@@ -157,10 +195,18 @@ class Trainer:
             warnings.warn(f"the configuration differs from the checkpoint's in {', '.join(changed)}; what the "
                           "optimizer and the scheduler hold, such as learning rates, is taken from the checkpoint",
                           stacklevel=4)
-        position = restore(checkpoint, self.model, self.optimizer, self.scheduler, self._used_scaler(), rank=self.rank)
+        before = len(checkpoint.state["rng"])
+        position = restore(checkpoint, self.model, self.optimizer, self.scheduler, self._used_scaler(),
+                           restore_random=before == self.world, rank=min(self.rank, before - 1))
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
         self.best, self.seconds = position["best"], position["seconds"]
-        self.averages.load(position["averages"], self.device)
+        if before != self.world:
+            seed_everything(self.seed + self.step * self.world + self.rank)
+            warnings.warn(f"the run was saved by {before} processes and goes on with {self.world}: batches hold the same "
+                          "images in the same order; sums of gradients are rounded otherwise, and torch's random "
+                          "generators (dropout) are seeded anew, so its numbers will differ slightly", stacklevel=4)
+        if self.rank == 0:  # It holds the sums of all ranks.
+            self.averages.load(position["averages"], self.device)
 
     def _train_epoch(self, stop: StopRequest) -> None:
         self.model.train()
@@ -179,9 +225,11 @@ class Trainer:
                 if self.step % self.log_steps == 0:
                     self._check_finite()
                     self.log.event("step", **self._row())
-                if self._is_due():
+                self._writer.check()
+                due, signal = distributed.largest(self._is_due(), stop.signal)
+                if due:
                     self._save()
-                self._leave_if(stop)
+                self._leave_if(signal)
                 if self._is_cut():
                     return
         if self.batch != len(self.train_batches):
@@ -190,15 +238,13 @@ class Trainer:
 
     def _train_step(self, batch: Any) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, self.amp_type) if self.amp_type else nullcontext():
-            loss, metrics = self.loss_fn(self.model, batch)
-        if loss.numel() != 1:
-            raise ValueError(f"loss_fn must return a loss of one element, got shape {list(loss.shape)}")
-        self._finite.add(loss, self.step + 1)
+        parts = [batch] if self.accumulate == 1 else cut(batch, self.accumulate)
+        for part in parts[:-1]:
+            with self._replica.no_sync() if self.world > 1 else nullcontext():
+                self._add_gradient(part, len(part.labels) / len(batch.labels))
+        self._add_gradient(parts[-1], len(parts[-1].labels) / len(batch.labels))
         if self.device.type == "cpu":
             self._check_finite()
-        self.averages.add({"loss": loss, **metrics}, len(batch.labels))
-        self.scaler.scale(loss).backward()
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -206,11 +252,22 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
+    def _add_gradient(self, batch: Any, share: float) -> None:
+        """Add the gradient of a part that has this share of the batch's samples."""
+        with torch.autocast(self.device.type, self.amp_type) if self.amp_type else nullcontext():
+            loss, metrics = self.loss_fn(self._replica, batch)
+        if loss.numel() != 1:
+            raise ValueError(f"loss_fn must return a loss of one element, got shape {list(loss.shape)}")
+        self._finite.add(loss, self.step + 1)
+        self.averages.add({"loss": loss, **metrics}, len(batch.labels))
+        self.scaler.scale(loss if share == 1.0 else loss * share).backward()
+
     def _end_epoch(self) -> bool:
         """Evaluate, log, and move to the next epoch; whether this one was the best so far."""
         self._check_finite()
         row = self._row()
-        results = self.evaluate(self.model) if self.evaluate else {}
+        distributed.share_buffers(self.model)
+        results = distributed.from_first(self.evaluate(self.model) if self.evaluate else {})
         row.update((f"eval_{name}", value) for name, value in results.items())
         if self.scheduler is not None:
             with warnings.catch_warnings():  # Resumed at the end of the first epoch, this process has made no step.
@@ -238,22 +295,24 @@ class Trainer:
         return True
 
     def _save(self, best: bool = False) -> None:
-        """Write a checkpoint of this position, unless it is written already."""
+        """Write a checkpoint of this position, unless it is written already. All ranks come here together."""
         if self._saved == (self.epoch, self.step):
             return
         self._check_finite()
+        rng, averages = distributed.from_all(capture_rng()), self.averages.over_ranks()
         if self.rank == 0:
+            self._writer.wait()
             self.log.sync()
             position = {"epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best,
-                        "seconds": self.seconds, "averages": self.averages.state()}
-            save_checkpoint(self.out / CHECKPOINTS, model=self.model, optimizer=self.optimizer,
-                            scheduler=self.scheduler, scaler=self._used_scaler(), position=position,
-                            config=self.config, keep=self.keep, best=best)
+                        "seconds": self.seconds, "averages": averages.state()}
+            taken = snapshot(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler,
+                             scaler=self._used_scaler(), position=position, config=self.config, rng=rng)
+            self._writer.submit(lambda: write_checkpoint(self.out / CHECKPOINTS, taken, keep=self.keep, best=best))
         self._saved = (self.epoch, self.step)
         self._last_save = self._clock = time.monotonic()
 
     def _is_due(self) -> bool:
-        """Whether to save now. With several processes this and `stop.signal` are what all ranks must agree on."""
+        """Whether to save now. Ranks have clocks of their own: they agree by `distributed.largest`."""
         if self._saved is not None and self._saved[1] == self.step:
             return False
         minutes = (time.monotonic() - self._last_save) / 60
@@ -264,11 +323,13 @@ class Trainer:
         """Whether max_steps ends the run here; an epoch whose batches are all done still gets its evaluation."""
         return self.max_steps is not None and self.step >= self.max_steps and self.batch < len(self.train_batches)
 
-    def _leave_if(self, stop: StopRequest) -> None:
-        if stop.signal:
+    def _leave_if(self, signal: int) -> None:
+        if signal:
             self._save()
-            self.log.event("stop", step=self.step, epoch=self.epoch, signal=stop.signal)
-            raise SystemExit(128 + stop.signal)
+            self._writer.wait()
+            distributed.barrier()  # No rank's end makes torchrun end rank 0 before the checkpoint is written.
+            self.log.event("stop", step=self.step, epoch=self.epoch, signal=signal)
+            raise SystemExit(128 + signal)
 
     def _check_finite(self) -> None:
         self._finite.raise_if_any(f"the checkpoints in {self.out / CHECKPOINTS} are from before it. Lower the learning "
@@ -282,16 +343,18 @@ class Trainer:
         self.seconds, self._clock = self.seconds + now - self._clock, now
 
     def _row(self) -> dict[str, Any]:
-        means = self.averages.means()
+        averages = self.averages.over_ranks()
+        means = averages.means()
         self._count_time()  # After the means, which have waited for the device.
         return {"epoch": self.epoch, "step": self.step, "lr": float(self.optimizer.param_groups[0]["lr"]),
                 **{f"train_{name}": value for name, value in means.items()},
-                "seconds": self.seconds, "samples_per_second": self.averages.samples / max(self.seconds, 1e-9),
+                "seconds": self.seconds, "samples_per_second": averages.samples / max(self.seconds, 1e-9),
                 "memory_mb": _peak_memory(self.device) / 2**20}
 
     def _status(self) -> str:
         loss = self.averages.means()["loss"]
-        return f"loss {loss:.4g}  {self.averages.samples / max(self.seconds, 1e-9):.4g} samples/s"
+        samples = self.world * self.averages.samples  # of this rank, as equal slices go to all
+        return f"loss {loss:.4g}  {samples / max(self.seconds, 1e-9):.4g} samples/s"
 
 
 def _closing(batches: Any):

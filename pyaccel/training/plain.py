@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def plain_state(value: Any, name: str) -> Any:
-    """The value made of types that `torch.load(weights_only=True)` accepts.
+    """The value made of types that `torch.load(weights_only=True)` accepts, sharing no memory with the original.
 
     Numpy scalars become Python's, special dicts and tuples plain ones. TypeError names the entry that cannot be saved.
     """
@@ -22,7 +22,7 @@ def plain_state(value: Any, name: str) -> Any:
     if value is None or type(value) in (bool, int, float, complex, str, bytes, torch.dtype, torch.device):
         return value
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         plain = {key: plain_state(item, f"{name}.{key}") for key, item in value.items()}
         return Counter(plain) if isinstance(value, Counter) else plain  # MultiStepLR uses its milestones as a Counter.

@@ -1,4 +1,4 @@
-"""A batch on another device."""
+"""A batch on another device, or in parts."""
 
 from __future__ import annotations
 
@@ -25,3 +25,25 @@ def to_device(batch: T, device: str | torch.device) -> T:
         return dataclasses.replace(batch, **{field.name: to_device(getattr(batch, field.name), device)
                                              for field in dataclasses.fields(batch)})
     return batch
+
+
+def cut(batch: T, parts: int) -> list[T]:
+    """The batch in at most `parts` pieces along the first dimension of its tensors: dicts, named and plain tuples, lists.
+
+    ValueError for a batch without a tensor.
+    """
+    if isinstance(batch, Tensor):
+        return list(batch.chunk(parts))
+    fields = list(batch.values()) if isinstance(batch, dict) else list(batch)
+    pieces = [cut(field, parts) if isinstance(field, (Tensor, dict, tuple, list)) else None for field in fields]
+    count = min((len(piece) for piece in pieces if piece), default=0)
+    if count == 0:
+        raise ValueError(f"a batch of {type(batch).__name__} without a tensor cannot be cut into parts")
+    found = []
+    for i in range(count):
+        values = [field if piece is None else piece[i] for field, piece in zip(fields, pieces, strict=True)]
+        if isinstance(batch, dict):
+            found.append(type(batch)(zip(batch, values, strict=True)))
+        else:
+            found.append(type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values))
+    return found

@@ -62,27 +62,24 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parameters and persistent buffers, contiguous on the CPU, and the ties {name: earlier name of the same tensor}.
+    """Copies of parameters and persistent buffers, contiguous on the CPU, and the ties {name: earlier name of the same}.
 
-    A tied name is left out of the first dict. Tensors that only overlap in memory are copied, so each stands alone.
-    TypeError for extra state that is no tensor.
+    A tied name is left out of the first dict. TypeError for extra state that is no tensor.
     """
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     names: dict[tuple, str] = {}
-    storages: set[int] = set()
     for name, tensor in unwrap(model).state_dict().items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: safetensors holds tensors only, got {type(tensor).__name__}; "
                             "register a buffer instead of extra state")
-        storage = tensor.untyped_storage().data_ptr()
-        view = (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        view = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(),
+                tensor.dtype, tensor.device)
         if view in names:
             ties[name] = names[view]
             continue
         names[view] = name
-        tensors[name] = (tensor.clone() if storage in storages else tensor).detach().contiguous().cpu()
-        storages.add(storage)
+        tensors[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return tensors, ties
 
 

@@ -51,7 +51,8 @@ def test_killed_and_resumed_is_undisturbed(tiny, tmp_path, number, code):
     if number == signal.SIGTERM:
         assert saved[0] == step
     else:
-        assert step - 3 <= max(saved, default=0) < step, f"step {step}"
+        # A checkpoint every 3 steps; the last one may have been on its way to the disk.
+        assert step - 6 <= max(saved, default=0) < step, f"step {step}"
     tiny.trainer(tmp_path / "killed").fit()
     tiny.trainer(tmp_path / "whole").fit()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole"), f"step {step}"
