@@ -26,8 +26,17 @@ class Recipe:
 
 
 RECIPES = {
+    "crossbar": Recipe(
+        "pyaccel.recipes.crossbar", "arXiv 2008.11298", "adversarial robustness of networks on analog crossbars"
+    ),
     "bntt": Recipe(
         "pyaccel.recipes.bntt", "arXiv 2010.01729", "spiking networks with batch normalisation through time"
+    ),
+    "continual_svd": Recipe(
+        "pyaccel.recipes.continual_svd", "arXiv 2009.01956", "tasks one after another on shared factors, nothing forgotten"
+    ),
+    "quanos": Recipe(
+        "pyaccel.recipes.quanos", "arXiv 2004.11233", "bit widths of each layer from its sensitivity to adversarial noise"
     ),
 }
 
