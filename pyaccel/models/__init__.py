@@ -55,8 +55,8 @@ def build(
         spiking: the spiking or the artificial form; None: spiking for the names ending in `_bntt`.
         width: every hidden layer this many times as wide.
         options: spiking: `steps`, `leak`, `threshold`, `neuron` ("bntt", "lif", "delayed", "stdb"), `norm` ("bntt",
-            "shared", "none"), `gain`, `mean_readout`, `dropout`, `seed` and the neuron's own (see `SpikingNetwork`);
-            artificial: `norm` ("batch", "none"), `dropout`, and of a VGG `pool` ("average", "max"). `dropout`: two
+            "shared", "none"), `gain`, `mean_readout`, `dropout`, `seed`, `input` ("poisson", "events") and the
+            neuron's own (see `SpikingNetwork`); artificial: `norm` ("batch", "none"), `dropout`, and of a VGG `pool` ("average", "max"). `dropout`: two
             probabilities, after convolutions where the network has dropout, and after hidden fully connected layers
             (`cacl_net`: one number).
 

@@ -16,6 +16,7 @@ from pyaccel.nn import BNTTLIF, LIF, STDBLIF, PoissonEncoder, SpikeAvgPool2d, ev
 
 NORMS = ("bntt", "shared", "none")
 NEURONS = ("bntt", "lif", "delayed", "stdb")
+INPUTS = ("poisson", "events")
 
 
 class BalancedLIF(LIF):
@@ -102,14 +103,36 @@ class SpikingLayer(nn.Module):
         return spikes if self.pool is None else self.pool(spikes)
 
 
+class EventInput(nn.Module):
+    """Stands where the encoder does: frames of events `[T, B, C, H, W]` are what the first layer reads at each step."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, events: Tensor, sample_ids: Tensor | None = None, *, steps: int | None = None) -> Tensor:
+        most = self.steps if steps is None else steps
+        if events.dim() != 5 or events.shape[0] < most:
+            raise ValueError(
+                f"a network with input='events' reads frames [T, B, C, H, W] of at least {most} steps, "
+                f"got shape {tuple(events.shape)}; `pyaccel.data.bin_events` makes them of a recording"
+            )
+        return events[:most]
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}"
+
+
 class SpikingNetwork(nn.Module):
     """Spiking features and classifier behind a Poisson encoder, and a linear read-out without leak or spikes.
 
     `model(images, sample_ids=None, steps=None)` -> logits `[B, classes]`: the read-out's mean over time, or its sum in
     the networks of 2005.01807. `step_logits(...)` -> `[T, B, classes]`: the same after each step. `sample_ids` (int64
-    `[B]`) make the random draws independent of the batch an image is in.
+    `[B]`) make the random draws independent of the batch an image is in. With input="events" the network reads frames
+    of event recordings, `[T, B, C, H, W]`, in place of images, and draws nothing.
 
     Args:
+        input: "poisson" (images through the encoder) or "events"; `input_shape` is (C, H, W) in both.
         neuron: "bntt" (prompt LIF fused with BNTT), "lif" (prompt LIF), "delayed" (the neuron of 2005.01807, which
             fires on the membrane of the step before) or "stdb" (the delayed neuron with the spike-time surrogate); the
             last two hold their threshold in a buffer. None: the description's.
@@ -135,9 +158,12 @@ class SpikingNetwork(nn.Module):
         mean_readout: bool | None = None,
         dropout: tuple[float, float] | None = None,
         seed: int = 0,
+        input: str = "poisson",
         **options,
     ):
         super().__init__()
+        if input not in INPUTS:
+            raise ValueError(f"input of a spiking network must be one of {', '.join(INPUTS)}, got {input!r}")
         form: Form = description.form
         neuron, norm = neuron_and_norm(form.neuron, neuron, norm)
         steps = form.steps if steps is None else steps
@@ -151,7 +177,11 @@ class SpikingNetwork(nn.Module):
 
         self.steps = steps
         self.mean_readout = form.mean_readout if mean_readout is None else mean_readout
-        self.encoder = PoissonEncoder(steps, form.gain if gain is None else gain, seed=seed)
+        self.input_kind = "any" if input == "events" else "signed"  # of the values that the first layer reads
+        if input == "events":
+            self.encoder: nn.Module = EventInput(steps)
+        else:
+            self.encoder = PoissonEncoder(steps, form.gain if gain is None else gain, seed=seed)
         parts = self.hidden_layers(description, input_shape, dropout, make)
         features, classifier, outputs, self.readout_dropout = parts
         self.features = nn.Sequential(*features)
@@ -208,7 +238,7 @@ class SpikingVgg(SpikingNetwork):
 
     def hidden_layers(self, description: Vgg, input_shape, dropout, make):
         layers, outputs = description.layers(input_shape, dropout)
-        kinds = ["signed"] + ["pooled" if layer.pooled else "binary" for layer in layers[:-1]]
+        kinds = [self.input_kind] + ["pooled" if layer.pooled else "binary" for layer in layers[:-1]]
         before = [0.0] + [layer.dropout for layer in layers]
         built = [make(*three) for three in zip(layers, kinds, before[:-1], strict=True)]
         split = sum(layer.convolution for layer in layers)

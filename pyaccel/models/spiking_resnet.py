@@ -37,7 +37,7 @@ class SpikingResNet(SpikingNetwork):
     def hidden_layers(self, description: ResNet, input_shape, dropout, make):
         stem, blocks, outputs = description.layers(input_shape, dropout)
         self.flattens = description.preprocess
-        features, kind, before = [], "signed", 0.0
+        features, kind, before = [], self.input_kind, 0.0
         for layer in stem:
             features.append(make(layer, kind, before))
             kind, before = "pooled" if layer.pooled else "binary", layer.dropout

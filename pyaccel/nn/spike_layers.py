@@ -6,11 +6,14 @@ from torch import Tensor, nn
 
 from pyaccel import ops
 
+ANY = "any"
+
 
 class SpikeConv2d(nn.Conv2d):
     """`nn.Conv2d` over spikes `[..., C, H, W]` (any leading dimensions); keeps 1 to 4 bits a spike for backward.
 
-    `kind`: "binary", "signed", "pooled" or "pooled_signed" (see `ops.spike_conv2d`). Only zero padding.
+    `kind`: "binary", "signed", "pooled" or "pooled_signed" (see `ops.spike_conv2d`); "any": values of no special kind,
+    such as counts of events, kept as they are. Only zero padding.
     """
 
     def __init__(self, *args, kind: str = "binary", **options):
@@ -20,6 +23,8 @@ class SpikeConv2d(nn.Conv2d):
         self.kind = kind
 
     def forward(self, spikes: Tensor) -> Tensor:
+        if self.kind == ANY:
+            return super().forward(spikes.flatten(0, -4)).unflatten(0, spikes.shape[:-3])
         return ops.spike_conv2d(
             spikes, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation,
             groups=self.groups, kind=self.kind,
@@ -37,6 +42,8 @@ class SpikeLinear(nn.Linear):
         self.kind = kind
 
     def forward(self, spikes: Tensor) -> Tensor:
+        if self.kind == ANY:
+            return super().forward(spikes)
         return ops.spike_linear(spikes, self.weight, self.bias, kind=self.kind)
 
     def extra_repr(self) -> str:

@@ -166,6 +166,12 @@ def _energy(report: Report, norms: list[str]) -> Section:
 
 def _method(report: Report) -> Section:
     config = report.config
+    if config.get("events"):
+        drawn = (f"The recordings were cut into {config['steps']} frames by {config['events']}, which the network reads as "
+                 "they are: nothing is drawn.")  # fmt: skip
+    else:
+        drawn = ("The encoder draws by image, step and pixel, so the figures do not depend on the batch size of the "
+                 "evaluation.")  # fmt: skip
     return Section(
         "How it was measured",
         [
@@ -175,7 +181,6 @@ def _method(report: Report) -> Section:
             + f", {config['epochs']} epochs, seeds {', '.join(map(str, config['seeds']))}. The three networks of a "
             "seed start from the same weights and see the same batches.",
             "The last epoch is reported, on every test image once. (The published code scores the best epoch on the "
-            "test set and leaves out the test images that fill no batch.) The encoder draws by image, step and pixel, "
-            "so the figures do not depend on the batch size of the evaluation.",
+            f"test set and leaves out the test images that fill no batch.) {drawn}",
         ],
     )
