@@ -56,9 +56,9 @@ def build(
         width: every hidden layer this many times as wide.
         options: spiking: `steps`, `leak`, `threshold`, `neuron` ("bntt", "lif", "delayed", "stdb"), `norm` ("bntt",
             "shared", "none"), `gain`, `mean_readout`, `dropout`, `seed`, `input` ("poisson", "events") and the
-            neuron's own (see `SpikingNetwork`); artificial: `norm` ("batch", "none"), `dropout`, and of a VGG `pool` ("average", "max"). `dropout`: two
-            probabilities, after convolutions where the network has dropout, and after hidden fully connected layers
-            (`cacl_net`: one number).
+            neuron's own (see `SpikingNetwork`); artificial: `norm` ("batch", "none"), `dropout`, and of a VGG `pool`
+            ("average", "max"). `dropout`: two probabilities, after convolutions where the network has dropout, and
+            after hidden fully connected layers (`cacl_net`: one number).
 
     Raises:
         ValueError: an unknown name (the message lists the known ones), images too small for the network, a form that a
