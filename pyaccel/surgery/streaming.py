@@ -38,7 +38,9 @@ def streaming(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def first_step(encoder: PoissonEncoder, step: int) -> Iterator[None]:
-    """Inside, the encoder draws what belongs to time `step` and later."""
+    """Inside, the encoder draws what belongs to time `step` and later. TypeError for a network that reads events."""
+    if not isinstance(encoder, PoissonEncoder):
+        raise TypeError(f"streaming: expected a network behind a Poisson encoder, got {type(encoder).__name__}")
     encoder.key[2] = step
     try:
         yield
