@@ -13,6 +13,8 @@ from pyaccel import ops
 from pyaccel.hardware import CrossbarConfig
 from pyaccel.hardware.mapping import conductances, from_tiles, gain, program, to_tiles
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def stream_of(name: str, kind: str) -> int:
     """The Philox stream of a module's draws: CRC-32 of its qualified name and of what is drawn."""
@@ -97,10 +99,10 @@ class _Analog:
         self._mapped = None
 
     def _map(self) -> Tensor:
-        weight = self.weight.float() if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight
+        """The arrays, in float32 also for weights of half types: those would lose what wires do to them."""
+        weight = self.weight.float() if self.weight.dtype in HALF else self.weight
         stream = stream_of(self.qualified_name, "variation")
-        arrays = effective_arrays(self.to_matrix(weight), self.config, chip=self.chip, stream=stream)
-        return arrays.to(self.weight.dtype)
+        return effective_arrays(self.to_matrix(weight), self.config, chip=self.chip, stream=stream)
 
     def _through_solver(self) -> bool:
         return self.config.gradient == "solver" and torch.is_grad_enabled() and self.weight.requires_grad
@@ -110,24 +112,25 @@ class _Analog:
         if kept is None or kept.weight is not weight or kept.version != weight._version:
             with torch.inference_mode(False), torch.no_grad():
                 arrays = self._map()
-                effective = self.from_matrix(_combined(arrays)).contiguous()
+                effective = self.from_matrix(_combined(arrays)).to(weight.dtype).contiguous()
             self._mapped = kept = _Mapped(weight, weight._version, arrays, effective)
         return kept
 
     def effective_weight(self) -> Tensor:
         """The weight that the chip computes with (without converters), in the layout of `weight`, with its gradient."""
         if self._through_solver():
-            return self.from_matrix(_combined(self._map()))
+            return self.from_matrix(_combined(self._map())).to(self.weight.dtype)
         mapped = self._kept().effective
         return _StraightThrough.apply(self.weight, mapped) if torch.is_grad_enabled() else mapped
 
     def _product(self, x: Tensor) -> Tensor:
-        """`x [..., K]`, in the order of the tiles' rows, through tiles and converters: `[..., C]`."""
+        """`x [..., K]`, in the order of the tiles' rows, through tiles and converters, and the bias: `[..., C]`."""
         config = self.config
         if self._through_solver():
             arrays = self._map()
         else:
             arrays = _StraightThrough.apply(self.to_matrix(self.weight), self._kept().arrays)
+        half = x.dtype if x.dtype in HALF else None  # under autocast, or in a model of a half type
         x = x.to(arrays.dtype)
         if self.measuring:
             self._measure(x, arrays)
@@ -142,7 +145,8 @@ class _Analog:
                 stream=(stream_of(self.qualified_name, f"read{index}") + self.passes) % (1 << 32),
             )  # fmt: skip
         self.passes += 1
-        return total
+        total = total if self.bias is None else total + self.bias
+        return total if half is None else total.to(half)
 
     def _adc_range(self, index: int) -> Tensor | float | None:
         if self.config.adc_bits is None or self.config.adc_range is not None:
@@ -185,7 +189,8 @@ class AnalogLinear(_Analog, nn.Linear):
         name: qualified name in the model; with the chip it fixes every draw.
 
     `weight` stays the software weight; the chip multiplies by `effective_weight()`. Without converters a pass costs one
-    ordinary linear layer; the mapping is made once and again after each change of the weight.
+    ordinary linear layer; the mapping is made once and again after each change of the weight. Half types, in a model or
+    under autocast: mapped, and with converters also multiplied, in float32; the output has the type of the input.
     """
 
     def __init__(
@@ -204,8 +209,7 @@ class AnalogLinear(_Analog, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.config.converts:
             return functional.linear(x, self.effective_weight(), self.bias)
-        y = self._product(x)
-        return y if self.bias is None else y + self.bias
+        return self._product(x)
 
 
 class AnalogConv2d(_Analog, nn.Conv2d):
@@ -249,7 +253,6 @@ class AnalogConv2d(_Analog, nn.Conv2d):
         if self.config.row_order == "position":
             patches = patches.unflatten(1, (self.in_channels, -1)).transpose(1, 2).flatten(1, 2)
         y = self._product(patches.mT)
-        y = y if self.bias is None else y + self.bias
         sizes = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(x.shape[-2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True)

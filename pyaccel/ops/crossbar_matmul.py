@@ -12,6 +12,7 @@ from pyaccel.ops import checks
 from pyaccel.ops.library import register
 
 READS = ("pair", "apart")
+HALF = (torch.float16, torch.bfloat16)
 
 
 def crossbar_matmul(
@@ -42,8 +43,9 @@ def crossbar_matmul(
     ADC that clips does not stop its gradient.
 
     Args:
-        x: `[..., K]`, float32 or float64, of either sign. positive, negative: `[K, C]` of the same dtype, such as the
-            effective conductances of `crossbar_matrix`, reassembled; in any unit.
+        x: `[..., K]`, float32, float64, or a half type, of either sign. positive, negative: `[K, C]` of the same dtype,
+            or float32 where x is of a half type; such as the effective conductances of `crossbar_matrix`, reassembled;
+            in any unit. With a half type everything is computed in float32 and the result rounded to x's type.
         tile: rows of a tile, >= 1; the last tile may be lower.
         dac_bits, adc_bits: 2..16, None: ideal.
         dac_range: full scale of the inputs, a number or a 0-d tensor; None: the largest |x| of this call.
@@ -57,6 +59,8 @@ def crossbar_matmul(
         `[..., C]`. Codes are summed exactly while their sum stays below 2^24 (float32). NaN inputs give NaN.
     """
     op = "crossbar_matmul"
+    half = x.dtype if isinstance(x, Tensor) and x.dtype in HALF else None
+    x, positive, negative, dac_range, adc_range = _single(x, positive, negative, dac_range, adc_range)
     _operands(op, x, positive, negative, tile)
     apart = checks.choice(op, "read", read, READS) == 1
     if apart and negative is None:
@@ -67,7 +71,8 @@ def crossbar_matmul(
     if read_noise < 0:
         raise ValueError(f"{op}: read_noise must be at least 0, got {read_noise:g}")
     if not (dac_bits or adc_bits or read_noise):
-        return x @ (positive if negative is None else positive - negative)
+        y = x @ (positive if negative is None else positive - negative)
+        return y if half is None else y.to(half)
     if adc_bits and adc_range is None:
         raise ValueError(
             f"{op}: adc_bits needs adc_range, the full scale of a partial sum: a number, a tensor "
@@ -82,16 +87,18 @@ def crossbar_matmul(
         _full_scale(op, "adc_range", adc_range, x, (positive.shape[1],)) if adc_bits else None,
         key, tile, apart, dac_bits, adc_bits, read_noise,
     )  # fmt: skip
-    return y.reshape(*x.shape[:-1], positive.shape[1])
+    y = y.reshape(*x.shape[:-1], positive.shape[1])
+    return y if half is None else y.to(half)
 
 
 def adc_range(x: Tensor, positive: Tensor, negative: Tensor | None = None, *, tile: int, read: str = "pair") -> Tensor:
     """Calibration: the largest |partial sum| of every column over all row tiles (and arrays, read apart), for samples.
 
-    Arguments as in `crossbar_matmul`; returns `[C]`, without gradient. A column that never carries current gets the
-    smallest positive number instead of 0.
+    Arguments as in `crossbar_matmul`; returns `[C]` (float32 for half types), without gradient. A column that never
+    carries current gets the smallest positive number instead of 0.
     """
     op = "adc_range"
+    x, positive, negative = _single(x, positive, negative)
     _operands(op, x, positive, negative, tile)
     if checks.choice(op, "read", read, READS) == 1 and negative is not None:
         arrays = [positive, negative]
@@ -106,12 +113,19 @@ def adc_range(x: Tensor, positive: Tensor, negative: Tensor | None = None, *, ti
     return largest
 
 
+def _single(x: object, *others: object) -> list:
+    """All tensors of half types in float32, where x is of one; else everything as it came."""
+    if not (isinstance(x, Tensor) and x.dtype in HALF):
+        return [x, *others]
+    return [t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for t in (x, *others)]
+
+
 def _operands(op: str, x: object, positive: object, negative: object, tile: object) -> None:
     if not isinstance(x, Tensor) or not isinstance(positive, Tensor):
         came = f"{checks.shape_of(x)} and {checks.shape_of(positive)}"
         raise TypeError(f"{op}: x and positive must be torch.Tensors, got {came}")
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: x must be float32 or float64, got {x.dtype}; convert it with .float()")
+        raise TypeError(f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.dim() < 1 or positive.dim() != 2 or positive.shape[0] != x.shape[-1]:
         raise ValueError(
             f"{op}: expected x [..., K] and positive [K, C], got {checks.shape_of(x)} and {checks.shape_of(positive)}"

@@ -164,3 +164,56 @@ def test_errors():
     with pytest.raises(ValueError, match="its ADC has no range yet.*surgery.calibrate_converters"):
         linear(dataclasses.replace(SMALL, adc_bits=8))(torch.randn(1, 19))
     assert "chip=0, 8x8 differential layer_gain" in repr(linear())
+
+
+# ---------------------------------------------------------------------------------------------- half types
+CONVERTING = dataclasses.replace(SMALL, dac_bits=10, adc_bits=12, adc_range=12.0)
+
+
+@pytest.mark.parametrize("config", [SMALL, CONVERTING], ids=["ideal readout", "converters"])
+@pytest.mark.parametrize("make, shape", [(linear, (6, 19)), (conv, (2, 3, 9, 8))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_models(config, make, shape, dtype):
+    """As torch's layers: under autocast, from whatever type the layer before gave, and as a model of a half type."""
+    layer, x = make(config), torch.randn(shape)
+    exact = layer(x).detach()
+    tolerance = dict(rtol=0.02, atol=0.02 * exact.abs().max().item())
+    with torch.autocast("cpu", dtype):
+        single, half = layer(x), layer(x.to(dtype))
+    assert half.dtype == dtype
+    for out in (single, half):
+        torch.testing.assert_close(out.float(), exact, **tolerance)
+    half.float().square().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.abs().sum() > 0
+    small = make(config).to(dtype)
+    out = small(x.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), exact, **tolerance)
+    out.float().square().sum().backward()
+    assert small.weight.grad.dtype == dtype
+    torch.testing.assert_close(small.weight.grad.float(), layer.weight.grad, rtol=0.1, atol=0.05 * layer.weight.grad.abs().max().item())
+
+
+def test_a_mapped_model_trains_under_autocast_through_converters_and_solver():
+    for config in (CONVERTING, CrossbarConfig(rows=8, columns=8, gradient="solver")):
+        torch.manual_seed(0)
+        layer, x, y = linear(config), torch.randn(32, 19), torch.arange(32) % 11
+        optimizer, losses = torch.optim.Adam(layer.parameters(), lr=0.02), []
+        for _ in range(20):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(layer(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0]
+
+
+def test_calibration_under_autocast_keeps_ranges_in_float32():
+    from pyaccel.surgery import calibrate_converters
+
+    model = nn.Sequential(linear(dataclasses.replace(SMALL, adc_bits=8)), nn.ReLU())
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate_converters(model, [torch.randn(8, 19).bfloat16()])
+        out = model(torch.randn(8, 19).bfloat16())
+    assert model[0].adc_range.dtype == torch.float32 and out.isfinite().all()

@@ -190,11 +190,27 @@ def test_leading_dimensions_and_layouts():
     assert torch.equal(ops.crossbar_matmul(x.T.contiguous().T, p.T.contiguous().T, n, **options), out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("converters", [{}, dict(dac_bits=8, dac_range=3.0, adc_bits=8, adc_range=9.0)])
+def test_half_types_are_computed_in_float32(dtype, converters):
+    x, p, n = (t.to(dtype) for t in operands(6, 40, 9))
+    exact = ops.crossbar_matmul(x.float(), p.float(), n.float(), tile=16, **converters)
+    out = ops.crossbar_matmul(x, p, n, tile=16, **converters)
+    assert out.dtype == dtype and torch.equal(out, exact.to(dtype))
+    assert torch.equal(ops.crossbar_matmul(x, p.float(), n.float(), tile=16, **converters), out)  # as under autocast
+    scale = ops.adc_range(x, p, n, tile=16)
+    assert scale.dtype == torch.float32
+    leaf = x.clone().requires_grad_()
+    ops.crossbar_matmul(leaf, p, n, tile=16, dac_bits=8, dac_range=9.0, adc_bits=8, adc_range=scale.to(dtype)).sum().backward()
+    torch.testing.assert_close(leaf.grad, (p.float() - n.float()).sum(1).expand(6, 40).to(dtype))
+
+
 @pytest.mark.parametrize(
     "options, error, text",
     [
         (dict(x=torch.ones(2, 3)), ValueError, r"x \[..., K\] and positive \[K, C\], got \[2, 3\] and \[4, 5\]"),
-        (dict(x=torch.ones(2, 4).half()), TypeError, "x must be float32 or float64, got torch.float16"),
+        (dict(x=torch.ones(2, 4).int()), TypeError, "x must be float32, float64, float16 or bfloat16, got torch.int32"),
+        (dict(positive=torch.ones(4, 5).half()), TypeError, "positive must be torch.float32, got torch.float16"),
         (dict(x=torch.ones(2, 4).double()), TypeError, "positive must be torch.float64, got torch.float32"),
         (dict(negative=torch.ones(4, 4)), ValueError, r"negative must have shape \[4, 5\]"),
         (dict(tile=0), ValueError, "tile must be in 1.."),
