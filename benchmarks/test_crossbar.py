@@ -72,6 +72,40 @@ def test_matrix(size, dtype, device, quick, table, benchmark):
     benchmark.pedantic(jobs["forward"], rounds=2, iterations=1)
 
 
+def peers(g, volts) -> dict:
+    """Other programs, where they are installed: name -> (currents [inputs, columns] of one tile, their accuracy)."""
+    found = {}
+    try:
+        import badcrossbar
+    except ImportError:
+        pass
+    else:
+        found["badcrossbar (no terminals)"] = (
+            lambda: badcrossbar.compute(
+                volts.T, 1 / g, r_i_word_line=5, r_i_bit_line=10, node_voltages=False, all_currents=False
+            ).currents.output,
+            1e-10,
+        )
+    try:
+        from simulator import CrossSimParameters
+        from simulator.backend import ComputeBackend
+        from simulator.circuits.array.NonInterleaved_InputSource import NoninterleavedInputSourceArray
+        from simulator.parameters.core_parameters import CoreStyle
+    except ImportError:
+        return found
+    ComputeBackend(use_gpu=False)
+    parameters = CrossSimParameters()
+    parameters.core.style = CoreStyle.OFFSET
+    parameters.xbar.device.Rmin, parameters.xbar.device.Rmax = 20e3, 200e3
+    parasitics = parameters.xbar.array.parasitics
+    parasitics.enable, parasitics.Rp_row, parasitics.Rp_col = True, 5.0, 10.0
+    solver = NoninterleavedInputSourceArray(parameters)  # to 1e-3 of the input range, its default
+    found["CrossSim (no terminals, to 1e-3)"] = (
+        lambda: (solver.iterative_solve(vector=volts.T, matrix=g.T * 20e3) / 20e3).T, 1e-2
+    )  # fmt: skip
+    return found
+
+
 def test_peers(quick, table, benchmark):
     """One 64x64 tile and 64 inputs: what a program that solves for its inputs pays, beside the tile's whole matrix."""
     np, sparse, linalg = (pytest.importorskip(m) for m in ("numpy", "scipy.sparse", "scipy.sparse.linalg"))
@@ -106,14 +140,11 @@ def test_peers(quick, table, benchmark):
         "ours float64": lambda: ops.crossbar_matrix(g, **OHM),
         "sparse LU": lu,
     }
-    try:
-        import badcrossbar
-    except ImportError:
-        pass
-    else:
-        jobs["badcrossbar (no terminals)"] = lambda: badcrossbar.compute(
-            volts.T, 1 / one, r_i_word_line=5, r_i_bit_line=10, node_voltages=False, all_currents=False
-        )
+    segments = {**OHM, "r_driver": 5.0, "r_sense": 10.0}  # the circuit of both: no terminals, a segment at either end
+    alike = volts @ ops.crossbar_matrix(g[0], **segments).numpy()
+    for what, (solve, tolerance) in peers(one, volts).items():
+        assert np.abs(solve() / alike - 1).max() < tolerance, what
+        jobs[what] = solve
     t = measure(jobs, 2 if quick else 5, torch.device("cpu"))
     each = {what: found.cpu / (64 if what.startswith("ours") else 1) for what, found in t.items()}
     for what, seconds in each.items():

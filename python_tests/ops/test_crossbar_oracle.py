@@ -177,3 +177,32 @@ def test_against_badcrossbar(rows, columns):
         torch.from_numpy(g), r_driver=5.0, r_wire_row=5.0, r_wire_col=10.0, r_sense=10.0
     )
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-11)
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 12), (24, 33)])
+@pytest.mark.parametrize("sense", [0.0, 200.0])
+def test_against_crosssim(rows, columns, sense):
+    """Another independent program, which iterates on cell voltages (here to 1e-9 of the input range). Its circuit has a
+    wire segment before the first and behind the last cell, and a resistance at the sense amplifier. (That of its
+    driver is left out: version 3.2 adds it to every segment of the first row.)"""
+    arrays = pytest.importorskip("simulator.circuits.array.NonInterleaved_InputSource")
+    from simulator import CrossSimParameters
+    from simulator.backend import ComputeBackend
+    from simulator.parameters.core_parameters import CoreStyle
+
+    ComputeBackend(use_gpu=False)
+    parameters = CrossSimParameters()
+    parameters.core.style = CoreStyle.OFFSET
+    parameters.xbar.device.Rmin, parameters.xbar.device.Rmax = 20e3, 200e3
+    parasitics = parameters.xbar.array.parasitics
+    parasitics.enable, parasitics.Rp_row, parasitics.Rp_col, parasitics.Rp_col_terminal = True, 5.0, 10.0, sense
+    parameters.simulation.Verr_th_mvm, parameters.simulation.Niters_max_parasitics = 1e-9, 10_000
+    g = tile(rows, columns, 5e-6, 5e-5, 6).astype(np.float64)
+    volts = np.random.default_rng(2).random(rows)
+    solver = arrays.NoninterleavedInputSourceArray(parameters)
+    theirs = solver.iterative_solve(vector=volts, matrix=g.T * 20e3) / 20e3
+    ohm = dict(r_driver=5.0, r_wire_row=5.0, r_wire_col=10.0)
+    ours = torch.from_numpy(volts) @ ops.crossbar_matrix(torch.from_numpy(g), **ohm, r_sense=10.0 + sense)
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-7)
+    other = torch.from_numpy(volts) @ ops.crossbar_matrix(torch.from_numpy(g), **ohm, r_sense=11.0 + sense)
+    assert np.abs(other.numpy() / theirs - 1).max() > 1e-5  # one ohm shows
