@@ -109,6 +109,23 @@ def _check(model, x, y, eps, step, steps, samples, gradient, variant) -> None:
         raise ValueError(f"attack: variant must be pgd or single_gradient, got {variant!r}")
 
 
+def input_gradient(
+    model: nn.Module | Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    samples: int = 1,
+    gradient: str = "noisy",
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Tensor:
+    """The sum over `samples` draws of d loss / d x, which every attack here steps along; arguments and errors as in `pgd`.
+
+    FGSM at many eps needs it once: x' = clip(x + eps * sign(gradient), 0, 1).
+    """
+    _check(model, x, y, 0.0, 0.0, 1, samples, gradient, "pgd")
+    return _input_gradient(model, x, y, samples, gradient, loss)
+
+
 def _input_gradient(model, x: Tensor, y: Tensor, samples: int, gradient: str, loss) -> Tensor:
     quiet = gradient == "clean" and isinstance(model, nn.Module)
     total = torch.zeros_like(x)

@@ -105,6 +105,21 @@ def test_the_choice_of_gradient(trained, noisy):
     assert agree(*many) > agree(one, two)
 
 
+def test_one_gradient_serves_every_eps(trained, noisy):
+    x, y = digits()
+    slope = attacks.input_gradient(trained, x, y)
+    leaf = x.clone().requires_grad_()
+    F.cross_entropy(trained(leaf), y).backward()
+    assert torch.equal(slope, leaf.grad)
+    trained.zero_grad(set_to_none=True)
+    for eps in (0.02, 0.2):
+        assert torch.equal((x + eps * slope.sign()).clamp(0, 1), attacks.fgsm(trained, x, y, eps))
+    two = attacks.input_gradient(noisy, x, y, gradient="averaged", samples=2)
+    assert two.shape == x.shape and not torch.equal(two, slope)
+    with pytest.raises(ValueError, match="samples must be >= 2"):
+        attacks.input_gradient(noisy, x, y, gradient="averaged")
+
+
 def test_an_attack_without_gradient_is_an_error(trained):
     x, y = digits()
     saturated = nn.Sequential(trained, nn.Threshold(1e9, 0.0)).eval()

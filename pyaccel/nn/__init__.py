@@ -2,7 +2,7 @@
 
 from pyaccel.nn.analog import AnalogConv2d, AnalogLinear
 from pyaccel.nn.factorized import FactorizedConv2d, grown_spare, hoyer, kept_by_energy, orthogonality
-from pyaccel.nn.memory import NoisyMemory, StoredOutput, without_failures
+from pyaccel.nn.memory import NoisyMemory, StoredOutput, set_memory_pass, without_failures
 from pyaccel.nn.neuron import BNTTLIF, IF, LIF, STDBLIF, PoissonEncoder
 from pyaccel.nn.quant import QuantConv2d, QuantLinear, load_packed_state, packed_state
 from pyaccel.nn.spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
@@ -31,5 +31,6 @@ __all__ = [
     "load_packed_state",
     "orthogonality",
     "packed_state",
+    "set_memory_pass",
     "without_failures",
 ]

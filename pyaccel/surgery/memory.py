@@ -81,6 +81,23 @@ def without_noisy_memory(model: nn.Module) -> nn.Module:
     return clean
 
 
+def noisy_sites(model: nn.Module) -> dict[str, NoisyMemory]:
+    """The failing memories in `model` by site, as `with_noisy_memory` names them, in the order of its modules."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, StoredOutput):
+            found[f"{name}/activation"] = module.memory
+        if parametrize.is_parametrized(module, "weight"):
+            memories = [p for p in module.parametrizations.weight if isinstance(p, NoisyMemory)]
+            # A layer whose output is stored as well lies inside the module that bears its name.
+            found.update({f"{name.removesuffix('.layer') if _stored(model, name) else name}/weight": m for m in memories})
+    return found
+
+
+def _stored(model: nn.Module, name: str) -> bool:
+    return name.endswith(".layer") and isinstance(model.get_submodule(name.removesuffix(".layer")), StoredOutput)
+
+
 def _parse(model: nn.Module, site: str) -> tuple[str, str]:
     layer, _, kind = site.rpartition("/")
     if kind not in KINDS or not layer:

@@ -11,7 +11,8 @@ from torch import nn
 
 from pyaccel import ops, surgery
 from pyaccel.hardware import SramConfig
-from pyaccel.nn import NoisyMemory, StoredOutput, without_failures
+from pyaccel.nn import NoisyMemory, StoredOutput, set_memory_pass, without_failures
+from pyaccel.surgery.memory import noisy_sites
 
 BANK = SramConfig(8, n8t=4, p6=0.1)
 
@@ -167,6 +168,88 @@ def test_under_distributed_data_parallel(tmp_path):
         assert model[0].parametrizations.weight.original.grad is not None
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_slices_of_a_batch_draw_what_the_whole_draws():
+    model, x = noisy_network(), images(7)
+    set_memory_pass(model, 3)
+    whole = model(x)
+    for cuts in ((0, 3, 7), (0, 1, 2, 7), (0, 7)):
+        parts = []
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            set_memory_pass(model, 3, first_sample=start)
+            parts.append(model(x[start:stop]))
+        assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
+    # The control: slices that do not know their place draw other bits.
+    set_memory_pass(model, 3)
+    model(x[:3])
+    set_memory_pass(model, 3)
+    assert not torch.allclose(model(x[3:]), whole[3:], atol=1e-2)
+    stored = model[2].memory
+    stored.set_pass(3)
+    values = torch.rand(7, 4, 6, 6)
+    at_once = stored(values)
+    stored.set_pass(3, first_sample=5)
+    assert torch.equal(stored(values[5:]), at_once[5:])  # of the same values, to the bit
+
+
+@pytest.mark.slow
+def test_ranks_of_a_data_parallel_model_draw_what_one_process_draws(run_python, tmp_path):
+    """Two processes, each with half of the batch: outputs of one process, and gradients' mean over ranks."""
+    script = f"""
+import sys; sys.path[:0] = {[str(p) for p in (__import__("pathlib").Path(__file__).parent,)]!r}
+import torch, torch.distributed as dist, torch.multiprocessing as mp
+from torch import nn
+from test_memory import images, noisy_network
+from pyaccel.nn import set_memory_pass
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(folder + "/store", 2), rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(noisy_network())
+    half = images(8)[4 * rank : 4 * rank + 4]
+    for number in (0, 1, 5):
+        set_memory_pass(model, number, first_sample=4 * rank)
+        model.zero_grad()
+        out = model(half)
+        out.square().mean().backward()
+    torch.save((out.detach(), model.module[4].parametrizations.weight.original.grad), folder + f"/{{rank}}.pt")
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(worker, ({str(tmp_path)!r},), nprocs=2)
+"""
+    file = tmp_path / "two.py"
+    file.write_text(script)
+    done = run_python(f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    (first, gradient), (second, same) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    model = noisy_network()
+    set_memory_pass(model, 5)
+    whole = model(images(8))
+    whole.square().mean().backward()
+    assert torch.allclose(torch.cat([first, second]), whole, atol=1e-5)
+    assert torch.equal(gradient, same)
+    assert torch.allclose(gradient, model[4].parametrizations.weight.original.grad, atol=1e-5)
+
+
+def test_sites_are_found_again_and_take_other_banks():
+    sites = {"0/weight": BANK, "0/activation": BANK, "4/weight": SramConfig(4, n8t=1, p6=0.05)}
+    model = surgery.with_noisy_memory(network(), sites, calibration=[images()])
+    found = noisy_sites(model)
+    assert set(found) == set(sites) and found["0/weight"] is model[0].layer.parametrizations.weight[0]
+    assert noisy_sites(network()) == {}
+    found["0/weight"].set_bank(SramConfig(8, n8t=8), seed=4)
+    other = surgery.with_noisy_memory(network(), {"0/weight": SramConfig(8, n8t=1, p6=0.3)}, seed=4)
+    assert torch.equal(model[0].layer.weight, surgery.with_noisy_memory(network(), {"0/weight": SramConfig(8, n8t=8)})[0].weight)
+    found["0/weight"].set_bank(SramConfig(8, n8t=1, p6=0.3), seed=4)
+    assert torch.equal(model[0].layer.weight, other[0].weight)
+    with pytest.raises(ValueError, match="step belongs to words of 8 bits, got 4"):
+        found["0/weight"].set_bank(SramConfig(4, n8t=1), seed=0)
+    with pytest.raises(ValueError, match="semantics must be flip"):
+        found["0/weight"].set_bank(SramConfig(8, n8t=1, semantics="stuck"), seed=0)
+    with pytest.raises(ValueError, match="first_sample must be >= 0, got -1"):
+        found["0/activation"].set_pass(0, first_sample=-1)
 
 
 @pytest.mark.parametrize(
