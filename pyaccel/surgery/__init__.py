@@ -5,6 +5,8 @@ from pyaccel.surgery.crossbars import analog_layers, calibrate_converters, reest
 from pyaccel.surgery.factorize import factorize, merge_factors
 from pyaccel.surgery.grow import deepen, widen
 from pyaccel.surgery.memory import noisy_sites, with_noisy_memory, without_noisy_memory
+from pyaccel.surgery.nir import to_nir
+from pyaccel.surgery.nir_read import from_nir
 from pyaccel.surgery.prune import hold_pruned, prune_filters, pruned_filters
 from pyaccel.surgery.quantize import quantize
 from pyaccel.surgery.shrink import like_tensors, shrink
@@ -19,6 +21,7 @@ __all__ = [
     "calibrate_converters",
     "deepen",
     "factorize",
+    "from_nir",
     "hold_pruned",
     "like_tensors",
     "merge_factors",
@@ -32,6 +35,7 @@ __all__ = [
     "streaming",
     "thresholds",
     "to_crossbars",
+    "to_nir",
     "to_spiking",
     "unwatch_activations",
     "watch_activations",
