@@ -45,9 +45,13 @@ def process_group() -> Iterator[None]:
                 f"--nproc-per-node {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    store, number, processes = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart torchrun hands out the store of the attempt that failed, with the addresses of its processes.
+        # (On several nodes no count is common to all: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt its own.)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes)
     yield
     # Not after an error: the others may wait in a collective for ever, and torchrun ends them.
     dist.destroy_process_group()

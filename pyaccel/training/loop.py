@@ -143,6 +143,17 @@ class Trainer:
         finally:
             self._writer.close()  # Whatever ended the run, a checkpoint on its way reaches the disk.
 
+    def replace(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Go on with another network and its optimizer, as surgery returns them; called from `on_epoch_end`.
+
+        The next checkpoint holds them. To resume from it, a trainer needs a network of the same sizes: see
+        `surgery.like_tensors`.
+        """
+        self.model, self.optimizer = model, optimizer
+        if self.scheduler is not None:
+            self.scheduler.optimizer = optimizer
+        self._wrap()
+
     def _begin(self, resume: str | os.PathLike) -> None:
         folder = self.out / CHECKPOINTS
         self._saved: tuple[int, int] | None = None
@@ -168,9 +179,10 @@ class Trainer:
         """Put the model into DistributedDataParallel, which gives all ranks the parameters and buffers of rank 0."""
         self._replica: nn.Module = self.model
         if self.world > 1:
-            # Without the search for unused parameters the first step would sum gradients in another order than the
-            # later ones, and a resumed run would have a first step of its own.
-            same_order = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+            # Without the search for unused parameters the first step would sum gradients over more than two ranks in
+            # another order than the later ones, and a resumed run would have a first step of its own.
+            repeatable = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+            same_order = self.world > 2 and repeatable
             self._replica = DistributedDataParallel(self.model, find_unused_parameters=same_order)
 
     def _find(self, resume: str | os.PathLike, folder: Path) -> Checkpoint | None:

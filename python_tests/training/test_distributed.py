@@ -26,7 +26,7 @@ def launch(out, processes, restarts=0, **options):
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
               "--max-restarts", str(restarts)]  # fmt: skip
     command = [sys.executable, *(runner if processes > 1 else []), str(SCRIPT), str(out), json.dumps(options)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=300,
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=120,
                           capture_output=True, text=True, check=False)  # fmt: skip
     return done.returncode, done.stderr
 
