@@ -26,6 +26,9 @@ class Recipe:
 
 
 RECIPES = {
+    "prune_while_training": Recipe(
+        "pyaccel.recipes.prune_while_training", "arXiv 2003.02800", "filters pruned epoch by epoch, without retraining"
+    ),
     "crossbar": Recipe(
         "pyaccel.recipes.crossbar", "arXiv 2008.11298", "adversarial robustness of networks on analog crossbars"
     ),
