@@ -41,6 +41,9 @@ RECIPES = {
     "quanos": Recipe(
         "pyaccel.recipes.quanos", "arXiv 2004.11233", "bit widths of each layer from its sensitivity to adversarial noise"
     ),
+    "sram_noise": Recipe(
+        "pyaccel.recipes.sram_noise", "arXiv 2011.13392", "bit errors of hybrid 8T-6T memory against adversarial attacks"
+    ),
 }
 
 
