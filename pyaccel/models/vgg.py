@@ -100,6 +100,10 @@ DESCRIPTIONS = {
     "vgg8_crossbar": Vgg(
         (128, 128, "A", 256, 256, "A", 512, 512, "A"), (1024,), "NeuroSim; for 2008.11298 inferred", CROSSBAR
     ),
+    "vgg16_crossbar": Vgg(
+        (64, 64, "A", 128, 128, "A", 256, 256, 256, "A", 512, 512, 512, "A", 512, 512, 512, "A"), (512, 256),
+        "DetectX, of the group of 2008.11298; for that paper inferred", PLAIN,
+    ),
     "vgg11": plain((1, 64), (1, 128), (2, 256), (2, 512), (2, 512)),
     "vgg13": plain((2, 64), (2, 128), (2, 256), (2, 512), (2, 512)),
     "vgg16": plain((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)),

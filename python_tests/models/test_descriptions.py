@@ -157,6 +157,14 @@ def test_crossbar_network_is_neurosims():
     assert all(p.dim() > 1 for p in model.parameters())
 
 
+def test_the_larger_crossbar_network_ends_in_512_256():
+    for side, features in ((32, 512), (64, 2048)):
+        model = meta("vgg16_crossbar", spiking=False, input_shape=(3, side, side))
+        assert [m.in_features for m in model if isinstance(m, nn.Linear)] == [features, 512, 256]
+        assert sum(isinstance(m, nn.Conv2d) for m in model) == sum(isinstance(m, nn.BatchNorm2d) for m in model) == 13
+        assert sum(isinstance(m, nn.Dropout) for m in model) == 2
+
+
 @pytest.mark.parametrize("name", models.list_models())
 def test_every_network_builds_for_imagenet_without_memory(name):
     for spiking in (False, True):
