@@ -41,6 +41,7 @@ def attacks(report: Report, path: str | os.PathLike) -> None:
                 found = [report[f"plain/{owner}/{mode}/{name}/accuracy"] for name in names]
                 axis.errorbar(radii, [f.value for f in found], [f.std or 0 for f in found], linestyle=dashes, color=colour,
                               marker=marker, markersize=4, label=label, capsize=2)  # fmt: skip
+            axis.set_xticks(radii)
             axis.set_xlabel(unit)
             axis.set_ylim(bottom=0)
             axis.set_title(f"accuracy under {kind.upper()} (%), {setup}")
@@ -64,7 +65,7 @@ def robustness_map(report: Report, path: str | os.PathLike) -> None:
                 axis.scatter(0, report[f"plain/software/SW/{attack}/loss"].value, s=size, color=STYLES["SW"][1], marker="s",
                              label="software, SW" if attack == attacked[-1] else None)  # fmt: skip
             axis.axvline(0, color="#BBBBBB", linewidth=0.8)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * axis.dataLim.y1)
             axis.set_xlabel("accuracy lost to the software, without attack (points)")
             radii = ", ".join(attack_label(a).split(" ", 1)[1] for a in attacked)
             axis.set_title(f"adversarial loss (points), {kind.upper()}\nsmall to large: {radii}")
