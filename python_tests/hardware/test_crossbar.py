@@ -113,13 +113,18 @@ def slope_and_residue(spread, size, **options):
 
 
 @pytest.mark.parametrize(
-    "spread, size, slope, residue",
-    [(0.05, 16, 0.820, 0.026), (0.05, 64, 0.480, 0.058), (0.10, 32, 0.648, 0.040), (0.25, 16, 0.723, 0.052), (0.25, 64, 0.342, 0.082)],
-)
-def test_gain_table(spread, size, slope, residue):
+    "spread, size, slope, residue, tolerance",
+    [
+        # The residue of a small tile spreads by more than 5 % between draws of its few weights.
+        (0.05, 16, 0.820, 0.026, 0.25), (0.10, 32, 0.648, 0.040, 0.25), (0.25, 16, 0.723, 0.052, 0.25), (0.25, 64, 0.342, 0.082, 0.25),
+        (0.05, 64, 0.480, 0.058, 0.05), (0.10, 64, 0.436, 0.068, 0.05), (0.05, 128, 0.253, 0.158, 0.05),
+        (0.10, 128, 0.219, 0.178, 0.05), (0.25, 128, 0.151, 0.239, 0.05),
+    ],
+)  # fmt: skip
+def test_gain_table(spread, size, slope, residue, tolerance):
     found = slope_and_residue(spread, size)
     assert abs(found[0] - slope) < 0.05 * slope
-    assert abs(found[1] - residue) < 0.25 * residue  # the residue depends on the tail of the drawn weights
+    assert abs(found[1] - residue) < tolerance * residue
 
 
 def test_gain_of_wires_only():

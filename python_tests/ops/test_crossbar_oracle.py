@@ -13,8 +13,9 @@ sparse = pytest.importorskip("scipy.sparse")
 linalg = pytest.importorskip("scipy.sparse.linalg")
 
 
-def nodal(g, r_driver, r_wire_row, r_wire_col, r_sense):
-    """Effective conductance in float64 (all resistances above 0), with one step of iterative refinement."""
+def voltages(g, r_driver, r_wire_row, r_wire_col, r_sense):
+    """Node voltages [rows, columns, inputs] of row and column nodes for one volt at each input in turn, float64 (all
+    resistances above 0), with one step of iterative refinement."""
     rows, columns = g.shape
     u = np.arange(rows * columns).reshape(rows, columns)
     w = u + rows * columns
@@ -41,7 +42,13 @@ def nodal(g, r_driver, r_wire_row, r_wire_col, r_sense):
     lu = linalg.splu(a, permc_spec="MMD_AT_PLUS_A")
     x = lu.solve(b)
     x += lu.solve(b - a @ x)
-    return (x[w[-1]] / r_sense).T
+    return x[u], x[w]
+
+
+def nodal(g, r_driver, r_wire_row, r_wire_col, r_sense):
+    """Effective conductance in float64."""
+    _, w = voltages(g, r_driver, r_wire_row, r_wire_col, r_sense)
+    return (w[-1] / r_sense).T
 
 
 def accuracy(out, exact):
@@ -151,6 +158,17 @@ def test_the_oracle_sees_a_wrong_wire():
     exact = nodal(g.astype(np.float64), *ohm)
     wrong = ops.crossbar_matrix(torch.from_numpy(g).double(), r_driver=1e3, r_wire_row=5.0, r_wire_col=10.01, r_sense=1e3)
     assert max(accuracy(wrong.numpy(), exact)) > 1e-6
+
+
+def test_what_the_drivers_give_is_what_the_columns_carry():
+    """Current conservation: driver currents come from the oracle's row nodes, column currents from the operator."""
+    low, high, *ohm = CASES[0]
+    g = tile(18, 11, low, high, 7).astype(np.float64)
+    names = dict(zip(("r_driver", "r_wire_row", "r_wire_col", "r_sense"), map(float, ohm), strict=True))
+    u, _ = voltages(g, **names)
+    given = ((np.eye(18) - u[:, 0]) / names["r_driver"]).sum(0)  # of all drivers, for each input in turn
+    carried = ops.crossbar_matrix(torch.from_numpy(g), **names).numpy().sum(1)
+    np.testing.assert_allclose(carried, given, rtol=1e-11)
 
 
 def test_linearity_and_signed_voltages():
