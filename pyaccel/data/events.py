@@ -34,12 +34,12 @@ class Events:
         for name, most in (("x", self.width), ("y", self.height), ("p", 2), ("t", None)):
             values = getattr(self, name)
             if values.ndim != 1 or values.dtype.kind not in "iub" or values.shape != self.x.shape:
-                raise ValueError(f"{self.where}: x, y, p, t must be integers, one an event, got {name} of {values.dtype} "
-                                 f"{values.shape} beside x {self.x.shape}")
+                raise ValueError(f"{self.where}: x, y, p, t must be integers, one an event, got {name} of "
+                                 f"{values.dtype} {values.shape} beside x {self.x.shape}")
             if most is not None and values.size and not 0 <= int(values.min()) <= int(values.max()) < most:
                 first = int(((values < 0) | (values >= most)).argmax())
-                raise ValueError(f"{self.where}: event {first} has {name} = {int(values[first])}, expected 0..{most - 1} "
-                                 f"on a sensor of {self.height} rows of {self.width} pixels")
+                raise ValueError(f"{self.where}: event {first} has {name} = {int(values[first])}, expected "
+                                 f"0..{most - 1} on a sensor of {self.height} rows of {self.width} pixels")
 
     def __len__(self) -> int:
         return len(self.x)

@@ -58,12 +58,12 @@ def read_dat(file: Source, sensor: Sensor = None) -> Events:
     raw = _bytes(file)
     header, start = _header(raw, b"%")
     if len(raw) < start + 2:
-        raise ValueError(f"{file}: truncated at byte {len(raw)}: expected event type and size at byte {start}, after the "
-                         f"{len(header)} header lines")
+        raise ValueError(f"{file}: truncated at byte {len(raw)}: expected event type and size at byte {start}, after "
+                         f"the {len(header)} header lines")
     kind, size = int(raw[start]), int(raw[start + 1])
     if kind not in DAT_EVENT_TYPES or size != DAT_EVENT_BYTES:
-        raise ValueError(f"{file}: byte {start}: expected events of type 0 (2D) or 12 (CD) and 8 bytes, got type {kind} "
-                         f"of {size} bytes")
+        raise ValueError(f"{file}: byte {start}: expected events of type 0 (2D) or 12 (CD) and 8 bytes, got type "
+                         f"{kind} of {size} bytes")
     words = _words(file, raw, start + 2, "<u4", DAT_EVENT_BYTES)
     if sensor is None:
         found = dict(re.findall(r"^% *(Width|Height) +(\d+)", "\n".join(header), re.MULTILINE))
@@ -86,8 +86,8 @@ def read_aedat(file: Source, sensor: Sensor = None) -> Events:
     raw = _bytes(file)
     version = bytes(raw[:14].tobytes()).split(b"\r")[0].split(b"\n")[0]
     if not version.startswith(b"#!AER-DAT2"):
-        raise ValueError(f"{file}: byte 0: expected #!AER-DAT2.0, got {version[:14]!r}; other versions of AEDAT are not "
-                         "read: convert the recording (iniVation's DV or the package aedat reads AEDAT 3 and 4) to "
+        raise ValueError(f"{file}: byte 0: expected #!AER-DAT2.0, got {version[:14]!r}; other versions of AEDAT are "
+                         "not read: convert the recording (iniVation's DV or the package aedat reads AEDAT 3 and 4) to "
                          ".npz with arrays x, y, p, t, height, width")
     if sensor not in (None, DVS128):
         raise ValueError(f"{file}: addresses of a DVS128 camera are read, 128 x 128; got sensor {sensor}")
@@ -110,8 +110,8 @@ def read_events_npz(file: Source, sensor: Sensor = None) -> Events:
     arrays = NpzFile(Path(file))
     if sensor is None:
         if not {"height", "width"} <= set(arrays.keys):
-            raise ValueError(f"{file}: expected the keys height and width beside x, y, p, t, or sensor=(height, width); "
-                             f"got {', '.join(arrays.keys)}")
+            raise ValueError(f"{file}: expected the keys height and width beside x, y, p, t, or sensor=(height, "
+                             f"width); got {', '.join(arrays.keys)}")
         sensor = int(arrays["height"]), int(arrays["width"])
     return Events(*(arrays[key] for key in "xypt"), *sensor, str(file))
 
@@ -125,12 +125,14 @@ READERS: dict[str, Callable[[Source, Sensor], Events]] = {
 def read_events(file: Source, sensor: Sensor = None) -> Events:
     """One recording, by the end of its name: .bin and .bs2, .dat, .aedat, .mat, .npz (see the reader of each).
 
-    sensor: (height, width); None: what the file or its format says. ValueError for another name; what the readers raise.
+    sensor: (height, width); None: what the file or its format says. ValueError for another name; what the readers
+    raise.
     """
     suffix = Path(file).suffix.lower()
     if suffix == ".aedat4":
-        raise ValueError(f"{file}: AEDAT 4 is compressed packets that need a package of their own; convert the recording to "
-                         ".npz with arrays x, y, p, t, height, width (iniVation's dv-processing or the package aedat)")
+        raise ValueError(f"{file}: AEDAT 4 is compressed packets that need a package of their own; convert the "
+                         "recording to .npz with arrays x, y, p, t, height, width (iniVation's dv-processing or the "
+                         "package aedat)")
     if suffix not in READERS:
         raise ValueError(f"{file}: expected a recording named {' '.join(READERS)}")
     return READERS[suffix](file, sensor)
@@ -157,6 +159,6 @@ def _words(file: Source, raw: np.ndarray, start: int, dtype: str, size: int) -> 
     """Events of two words each, [N, 2], from byte `start` to the end."""
     rest = (len(raw) - start) % size
     if rest:
-        raise ValueError(f"{file}: truncated at byte {len(raw) - rest}: expected whole events of {size} bytes, got {rest} "
-                         f"more bytes after {(len(raw) - start) // size} events")
+        raise ValueError(f"{file}: truncated at byte {len(raw) - rest}: expected whole events of {size} bytes, got "
+                         f"{rest} more bytes after {(len(raw) - start) // size} events")
     return raw[start:].view(dtype).reshape(-1, 2)

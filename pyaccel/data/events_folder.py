@@ -37,7 +37,8 @@ class EventFolder(Dataset):
                  steps: int, by: str = "time", sensor: Sensor = None):
         check_labels(labels, len(files), len(classes), name)
         if steps < 1 or by not in BINNINGS:
-            raise ValueError(f"{name}: expected at least one step and by one of {', '.join(BINNINGS)}, got {steps}, {by!r}")
+            raise ValueError(f"{name}: expected at least one step and by one of {', '.join(BINNINGS)}, got {steps}, "
+                             f"{by!r}")
         if sensor is None:
             if not files:
                 raise ValueError(f"{name}: no files, so the size of the sensor is unknown; give sensor")
@@ -102,7 +103,8 @@ def open_events(path: str | os.PathLike, split: str, *, steps: int, by: str = "t
         classes = subfolders(homes.get("train", homes[split]))
         unknown = [name for name in subfolders(homes[split]) if name not in classes]
         if unknown:
-            raise ValueError(f"{homes[split] / unknown[0]}: class {unknown[0]!r} is not among those of {homes['train']}")
+            raise ValueError(f"{homes[split] / unknown[0]}: class {unknown[0]!r} is not among those of "
+                             f"{homes['train']}")
         home, keep, name = homes[split], lambda files: files, f"{whole}/{split}"
     else:
         check_split(split, (*SPLITS, "all"), folder)

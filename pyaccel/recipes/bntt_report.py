@@ -130,8 +130,7 @@ def _early_exit(report: Report) -> Section:
     if step.value == config["steps"]:
         text.append(
             f"**The exit is at the last step: the gains have not decayed below {config['exit_threshold']:g}, so "
-            "nothing "
-            "is saved.** Gains decay in long training with weight decay on them; short runs keep them near 1."
+            "nothing is saved.** Gains decay in long training with weight decay on them; short runs keep them near 1."
         )
     return Section("Early exit", text, plots=[("gains.png", "Mean gain of each layer at each step (first seed).")])
 
@@ -156,10 +155,10 @@ def _energy(report: Report, norms: list[str]) -> Section:
         "Of one image: arithmetic alone, without memory access. Constants, which are this library's: "
         + "; ".join(f"{e.name}: E_MAC {e.mac:g} pJ, E_AC {e.accumulate:g} pJ ({e.source})" for e in ENERGIES) + ".",
         "Dense: the same network without spikes, each multiply-accumulate once (its normalisation folds into "
-        "the weights). "
-        "Spikes: each layer's dense operations times its incoming rate, E_AC each: the first layer too, whose input is "
-        "spikes; a signed or a pooled spike counts as one addition; borders count as if padding spiked on average. "
-        "Normalisation: one E_MAC for each neuron and step, unfolded; for one shared BatchNorm it could be folded.",
+        "the weights). Spikes: each layer's dense operations times its incoming rate, E_AC each: the first layer too, "
+        "whose input is spikes; a signed or a pooled spike counts as one addition; borders count as if padding spiked "
+        "on average. Normalisation: one E_MAC for each neuron and step, unfolded; for one shared BatchNorm it could be "
+        "folded.",
     ]  # fmt: skip
     return Section("Energy", text, rows)
 
@@ -167,8 +166,8 @@ def _energy(report: Report, norms: list[str]) -> Section:
 def _method(report: Report) -> Section:
     config = report.config
     if config.get("events"):
-        drawn = (f"The recordings were cut into {config['steps']} frames by {config['events']}, which the network reads as "
-                 "they are: nothing is drawn.")  # fmt: skip
+        drawn = (f"The recordings were cut into {config['steps']} frames by {config['events']}, which the network "
+                 "reads as they are: nothing is drawn.")  # fmt: skip
     else:
         drawn = ("The encoder draws by image, step and pixel, so the figures do not depend on the batch size of the "
                  "evaluation.")  # fmt: skip

@@ -36,7 +36,7 @@ def require_nir() -> ModuleType:
 
 def to_nir(
     model: nn.Module,
-    input_shape: tuple[int, ...] | None = None,
+    input_shape: tuple[int, ...],
     *,
     dt: float = DT,
     unroll_reset: bool = False,
@@ -51,11 +51,12 @@ def to_nir(
     do, never left out: see the arguments.
 
     Args:
-        input_shape: of one step of one sample, (C, H, W) or (features,); needed.
+        input_shape: of one step of one sample, (C, H, W) or (features,).
         dt: seconds of a time step. It is kept in the graph's metadata; other tools have to be told.
-        unroll_reset: write reset="soft", which NIR has no word for, as integrator (LI, or I without leak), Threshold and
-            a feedback of -leak * threshold that arrives one step later. It is the same arithmetic but for rounding, and
-            `from_nir` makes the same neuron of it again; a tool must know LI, Threshold and feedback to read it.
+        unroll_reset: write reset="soft", which NIR has no word for, as integrator (LI, or I without leak),
+            Threshold and a feedback of -leak * threshold that arrives one step later. It is the same arithmetic but for
+            rounding, and `from_nir` makes the same neuron of it again; a tool must know LI, Threshold and feedback to
+            read it.
         fold_batchnorm: fold a BatchNorm that all steps share into the layer before it: the same but for rounding.
         spikes_in: the graph starts behind the Poisson encoder, which NIR cannot say; its input is the encoder's spikes.
         readout: of a `SpikingNetwork`: "integrate": the graph's output adds up (NIR's I) and is the logits after the
@@ -75,8 +76,6 @@ def to_nir(
     if not isinstance(model, (nn.Sequential, SpikingNetwork)):
         raise ValueError(f"to_nir: expected a SpikingNetwork or an nn.Sequential, got {type(model).__name__}; put the "
                          "layers of another network in order in an nn.Sequential")
-    if input_shape is None:
-        raise ValueError("to_nir: give input_shape, (C, H, W) or (features,): the shape of one step of one sample")
     writer.start(tuple(input_shape))
     with torch.no_grad():
         if isinstance(model, SpikingNetwork):
@@ -111,8 +110,8 @@ class _Writer:
 
     def network(self, model: SpikingNetwork, spikes_in: bool, readout: str) -> None:
         if isinstance(model.encoder, PoissonEncoder) and not spikes_in:
-            raise ValueError("to_nir: encoder: NIR has no random encoder; pass spikes_in=True for the graph of what follows "
-                             "it, which reads its spikes, or build the network with input='events'")
+            raise ValueError("to_nir: encoder: NIR has no random encoder; pass spikes_in=True for the graph of what "
+                             "follows it, which reads its spikes, or build the network with input='events'")
         self.sequence("features.", model.features)
         if len(self.shape) > 1:
             before = model.flat(torch.zeros(1, 1, *self.shape)).shape[2]
@@ -145,16 +144,17 @@ class _Writer:
             self.pool(name, (kernel, kernel) if isinstance(kernel, int) else tuple(kernel))
         elif isinstance(module, nn.Flatten):
             if module.start_dim != 2 or module.end_dim != -1:
-                raise ValueError(f"to_nir: {name}: expected nn.Flatten(2) over [T, B, ...], got start_dim={module.start_dim}")
+                raise ValueError(f"to_nir: {name}: expected nn.Flatten(2) over [T, B, ...], got "
+                                 f"start_dim={module.start_dim}")
             self.flatten(name)
         elif not isinstance(module, IDENTITIES):
-            raise ValueError(f"to_nir: {name} ({type(module).__name__}) has no NIR node; known are Conv2d, Linear, LIF, IF, "
-                             "SpikeAvgPool2d, Flatten, dropout and what SpikingNetworks consist of")
+            raise ValueError(f"to_nir: {name} ({type(module).__name__}) has no NIR node; known are Conv2d, Linear, "
+                             "LIF, IF, SpikeAvgPool2d, Flatten, dropout and what SpikingNetworks consist of")
 
     def layer(self, name: str, layer: SpikingLayer, residual: list[str] = ()) -> None:
         if layer.norm is not None and residual:
-            raise ValueError(f"to_nir: {name}.norm: a batch normalisation behind a residual sum does not fold into one layer; "
-                             "train with norm='none'")
+            raise ValueError(f"to_nir: {name}.norm: a batch normalisation behind a residual sum does not fold into "
+                             "one layer; train with norm='none'")
         self.synapse(f"{name}.synapse", layer.synapse, layer.norm)
         self.ends += list(residual)
         self.neuron(f"{name}.neuron", layer.neuron)
@@ -175,8 +175,8 @@ class _Writer:
         weight, bias = layer.weight.double(), layer.bias
         if norm is not None:
             if not self.fold_batchnorm:
-                raise ValueError(f"to_nir: {name}: NIR has no batch normalisation; pass fold_batchnorm=True to fold it into this "
-                                 "layer (the same but for rounding)")
+                raise ValueError(f"to_nir: {name}: NIR has no batch normalisation; pass fold_batchnorm=True to fold "
+                                 "it into this layer (the same but for rounding)")
             scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
             shift = 0.0 if norm.bias is None else norm.bias.double()
             bias = ((0.0 if bias is None else bias.double()) - norm.running_mean.double()) * scale + shift
@@ -184,35 +184,38 @@ class _Writer:
         weight, dtype = weight.to(layer.weight.dtype), layer.weight.dtype
         if isinstance(layer, nn.Linear):
             if len(self.shape) != 1:
-                raise ValueError(f"to_nir: {name}: a linear layer reads vectors, got {self.shape}; put nn.Flatten(2) before it")
+                raise ValueError(f"to_nir: {name}: a linear layer reads vectors, got {self.shape}; put nn.Flatten(2) "
+                                 f"before it")
             node = (self.nir.Linear(_array(weight)) if bias is None
                     else self.nir.Affine(_array(weight), _array(bias.to(dtype))))  # fmt: skip
             self.add(name, node)
             self.shape = (layer.out_features,)
             return
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise ValueError(f"to_nir: {name}: padding must be numbers of zeros, got {layer.padding!r}, {layer.padding_mode!r}")
+            raise ValueError(f"to_nir: {name}: padding must be numbers of zeros, got {layer.padding!r}, "
+                             f"{layer.padding_mode!r}")
         if layer.groups != 1:
-            raise ValueError(f"to_nir: {name}: nir takes the shape of a grouped convolution's input from its weight, and refuses the "
-                             f"graph; got groups={layer.groups}")
+            raise ValueError(f"to_nir: {name}: nir takes the shape of a grouped convolution's input from its weight, "
+                             f"and refuses the graph; got groups={layer.groups}")
         bias = torch.zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
-        self.add(name, self.nir.Conv2d(
-            self.shape[1:], _array(weight), layer.stride, layer.padding, layer.dilation, layer.groups, _array(bias)))  # fmt: skip
+        geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        self.add(name, self.nir.Conv2d(self.shape[1:], _array(weight), *geometry, _array(bias)))
         self.shape = tuple(int(n) for n in self.nodes[name].output_type["output"])
 
     def neuron(self, name: str, neuron: LIF | BNTTLIF | STDBLIF) -> None:
         if isinstance(neuron, BNTTLIF):
-            raise ValueError(f"to_nir: {name}: BNTT normalises every time step differently, and a NIR node is the same at every "
-                             "step; train with norm='shared' (fold_batchnorm=True) or norm='none'")
+            raise ValueError(f"to_nir: {name}: BNTT normalises every time step differently, and a NIR node is the "
+                             "same at every step; train with norm='shared' (fold_batchnorm=True) or norm='none'")
         if isinstance(neuron, STDBLIF) or neuron.neuron["delay"]:
-            raise ValueError(f"to_nir: {name}: a delayed neuron fires on the membrane of the step before and resets without leak, "
-                             "which NIR's neurons do not; use the prompt neuron (neuron='lif', or LIF(delay=False))")
+            raise ValueError(f"to_nir: {name}: a delayed neuron fires on the membrane of the step before and resets "
+                             "without leak, which NIR's neurons do not; use the prompt neuron (neuron='lif', or "
+                             "LIF(delay=False))")
         reset = neuron.neuron["reset"]
         leak, threshold = (self.over_shape(name, what, value)
                            for what, value in (("leak", neuron.leak), ("threshold", neuron.threshold)))
         if not (leak.min() > 0 and leak.max() <= 1) or (leak.max() == 1 and leak.min() < 1):
-            raise ValueError(f"to_nir: {name}: leak must be above 0 and at most 1, and 1 for all neurons of a layer or none, "
-                             f"got {float(leak.min()):g} to {float(leak.max()):g}")
+            raise ValueError(f"to_nir: {name}: leak must be above 0 and at most 1, and 1 for all neurons of a layer "
+                             f"or none, got {float(leak.min()):g} to {float(leak.max()):g}")
         leaky = leak.max() < 1
         tau, zero = self.dt / (1 - leak) if leaky else None, np.zeros(self.shape)
         if reset == "hard":
@@ -221,8 +224,8 @@ class _Writer:
             return
         if reset == "soft" and not self.unroll_reset:
             raise ValueError(f"to_nir: {name}: NIR's neurons reset to a value, and this one subtracts its threshold "
-                             "(reset='soft'); pass unroll_reset=True to write it as integrator, threshold and feedback, or "
-                             "train with reset='hard'")
+                             "(reset='soft'); pass unroll_reset=True to write it as integrator, threshold and "
+                             "feedback, or train with reset='hard'")
         self.add(f"{name}.membrane", self.nir.LI(tau, tau / self.dt, zero) if leaky
                  else self.nir.I(np.full(self.shape, 1 / self.dt)))  # fmt: skip
         self.add(name, self.nir.Threshold(threshold))
@@ -236,7 +239,9 @@ class _Writer:
         array = np.asarray(value.detach().double().cpu() if isinstance(value, Tensor) else value, np.float64)
         if array.ndim == 1 and len(array) != self.shape[0]:
             raise ValueError(f"to_nir: {name}: {what} is for {len(array)} channels, its input has {self.shape[0]}")
-        return np.broadcast_to(array.reshape(-1, *[1] * (len(self.shape) - 1)) if array.ndim else array, self.shape).copy()
+        if array.ndim:
+            array = array.reshape(-1, *[1] * (len(self.shape) - 1))
+        return np.broadcast_to(array, self.shape).copy()
 
     def pool(self, name: str, kernel: tuple[int, int]) -> None:
         self.add(name, self.nir.AvgPool2d(np.array(kernel), np.array(kernel), np.array((0, 0))))

@@ -84,17 +84,18 @@ class Pool2d(nn.Module):
 def from_nir(graph: Any, *, dt: float | None = None, **options) -> NirNetwork:
     """The network of a `nir.NIRGraph`, or of the file that `nir.write` made of one.
 
-    Read are Input, Output, Linear, Affine, Conv2d, AvgPool2d, SumPool2d, Flatten, Scale, LIF, IF, LI, I, and the integrator
-    with Threshold (and feedback) that `to_nir` writes for reset="none" ("soft"). LIF and IF become `nn.LIF` with
-    reset="hard". Edges that meet add up.
+    Read are Input, Output, Linear, Affine, Conv2d, AvgPool2d, SumPool2d, Flatten, Scale, LIF, IF, LI, I, and the
+    integrator with Threshold (and feedback) that `to_nir` writes for reset="none" ("soft"). LIF and IF become `nn.LIF`
+    with reset="hard". Edges that meet add up.
 
     Args:
         dt: seconds of a step; None: what the graph's metadata say, else 1e-4, as snnTorch and SpikingJelly have it.
         options: of the neurons, which no graph holds: `surrogate`, `detach_reset`, ... (see `nn.LIF`).
 
     Raises:
-        ImportError: without the package nir. ValueError: nodes that are not known, recurrent connections, v_leak or v_reset
-        other than 0, parameters that differ within a channel, a step longer than tau, more than one input or output.
+        ImportError: without the package nir. ValueError: nodes that are not known, recurrent connections, v_leak or
+        v_reset other than 0, parameters that differ within a channel, a step longer than tau, more than one input or
+        output.
     """
     nir = require_nir()
     if isinstance(graph, (str, os.PathLike)):
@@ -116,8 +117,8 @@ class _Reader:
         self.modules: dict[str, nn.Module] = {}
         self.makers: dict[type, Callable[[str, Any], nn.Module]] = {
             nir.Linear: self.linear, nir.Affine: self.linear, nir.Conv2d: self.convolution, nir.AvgPool2d: self.pool,
-            nir.SumPool2d: self.pool, nir.Flatten: self.flatten, nir.Scale: self.scale, nir.LIF: self.lif, nir.IF: self.lif,
-            nir.LI: self.integrator, nir.I: self.integrator,
+            nir.SumPool2d: self.pool, nir.Flatten: self.flatten, nir.Scale: self.scale, nir.LIF: self.lif,
+            nir.IF: self.lif, nir.LI: self.integrator, nir.I: self.integrator,
         }  # fmt: skip
 
     def network(self) -> NirNetwork:
@@ -132,8 +133,9 @@ class _Reader:
         try:
             names = list(TopologicalSorter(self.sources).static_order())
         except CycleError as error:
-            raise ValueError(f"from_nir: recurrent connections are not read, got the cycle {' -> '.join(error.args[1])}; only the "
-                             "feedback of -leak * threshold that to_nir writes for reset='soft' is") from None
+            raise ValueError(f"from_nir: recurrent connections are not read, got the cycle "
+                             f"{' -> '.join(error.args[1])}; only the feedback of -leak * threshold that to_nir writes "
+                             "for reset='soft' is") from None
         order = []
         for name in names:
             if name in (given, result):
@@ -149,27 +151,32 @@ class _Reader:
         maker = self.makers.get(type(self.nodes[name]))
         if maker is None:
             known = ", ".join(kind.__name__ for kind in self.makers)
-            raise ValueError(f"from_nir: node {name!r} ({type(self.nodes[name]).__name__}) is not read; known are {known}")
+            raise ValueError(f"from_nir: node {name!r} ({type(self.nodes[name]).__name__}) is not read; known are "
+                             f"{known}")
         return maker(name, self.nodes[name])
 
     def fold_threshold(self, name: str) -> None:
         """Integrator and Threshold as one neuron, with the feedback of a soft reset if there is one."""
         before = self.sources[name]
         if len(before) != 1 or not isinstance(self.nodes[before[0]], (self.nir.LI, self.nir.I)):
-            raise ValueError(f"from_nir: node {name!r} (Threshold): expected one LI or I node before it, got {', '.join(before)}")
+            raise ValueError(f"from_nir: node {name!r} (Threshold): expected one LI or I node before it, got "
+                             f"{', '.join(before)}")
         membrane = before[0]
         leak, gain = self.euler(membrane, self.nodes[membrane])
         threshold = np.asarray(self.nodes[name].threshold, np.float64)
+        soft = -leak * threshold
         feedback = [n for n in self.sources[membrane] if self.sources[n] == [name]]
         readers = [n for n, found in self.sources.items() if membrane in found]
         if readers != [name]:
-            raise ValueError(f"from_nir: node {membrane!r}: its membrane is read by {', '.join(readers)}; only by a Threshold is read")
+            raise ValueError(f"from_nir: node {membrane!r}: its membrane is read by {', '.join(readers)}; only by a "
+                             f"Threshold is read")
         for n in feedback:
             node = self.nodes[n]
-            if not isinstance(node, self.nir.Scale) or not np.allclose(gain * node.scale, -leak * threshold, rtol=SAME, atol=0):
-                raise ValueError(f"from_nir: node {n!r}: feedback to {membrane!r} is read only as a Scale of -leak * threshold, "
-                                 "the soft reset")
-        if len(feedback) > 1 or (feedback and any(n in found for f, found in self.sources.items() if f != membrane for n in feedback)):
+            if not isinstance(node, self.nir.Scale) or not np.allclose(gain * node.scale, soft, rtol=SAME, atol=0):
+                raise ValueError(f"from_nir: node {n!r}: feedback to {membrane!r} is read only as a Scale of -leak * "
+                                 "threshold, the soft reset")
+        others = [n for n, found in self.sources.items() if n != membrane and set(found) & set(feedback)]
+        if len(feedback) > 1 or others:
             raise ValueError(f"from_nir: node {membrane!r}: more than one feedback, or a feedback with other readers")
         self.sources[name] = [n for n in self.sources[membrane] if n not in feedback]
         for n in (membrane, *feedback):
@@ -190,7 +197,8 @@ class _Reader:
     def lif(self, name: str, node: Any) -> nn.Module:
         for what in ("v_leak", "v_reset"):
             if np.any(getattr(node, what, 0)):
-                raise ValueError(f"from_nir: node {name!r}: {what} must be 0, got {float(np.max(np.abs(getattr(node, what)))):g}")
+                raise ValueError(f"from_nir: node {name!r}: {what} must be 0, got "
+                                 f"{float(np.max(np.abs(getattr(node, what)))):g}")
         return self.neuron(name, *self.euler(name, node), np.asarray(node.v_threshold, np.float64), "hard")
 
     def neuron(self, name: str, leak: np.ndarray, gain: np.ndarray, threshold: np.ndarray, reset: str) -> nn.Module:
@@ -199,7 +207,8 @@ class _Reader:
         for what, array in (("leak", leak), ("threshold", threshold)):
             rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
             if (rows != rows[:, :1]).any():
-                raise ValueError(f"from_nir: node {name!r}: {what} differs within a channel; one value a channel is read")
+                raise ValueError(f"from_nir: node {name!r}: {what} differs within a channel; one value a channel is "
+                                 f"read")
             values[what] = rows[:, 0]
             channels[what] = 0 if (rows == rows[0, 0]).all() else len(rows)
         neuron = LIF(float(values["leak"][0]), float(values["threshold"][0]), reset=reset,
@@ -234,7 +243,8 @@ class _Reader:
                 raise ValueError(f"from_nir: node {name!r}: padding 'same' is read with stride 1 and odd kernels")
             padding = [r // 2 if padding == "same" else 0 for r in reach]
         bias = node.bias if np.any(node.bias) else None  # NIR has no convolution without one
-        layer = SpikeConv2d(inputs * int(node.groups), out, tuple(kernel), stride, _pair(padding), dilation, int(node.groups),
+        groups = int(node.groups)
+        layer = SpikeConv2d(inputs * groups, out, tuple(kernel), stride, _pair(padding), dilation, groups,
                             bias=bias is not None, kind=self.kind(name))  # fmt: skip
         return _filled(layer, node.weight, bias)
 

@@ -20,7 +20,7 @@ def nmnist_bytes(rows) -> bytes:
     return b"".join(struct.pack(">Q", x << 32 | y << 24 | p << 23 | t)[3:] for x, y, p, t in rows)
 
 
-def dat_bytes(rows, header="% Data file containing CD events.\n% Version 2\n% Width 640\n% Height 480\n", kind=12, size=8):
+def dat_bytes(rows, header="% Data file containing CD\n% Version 2\n% Width 640\n% Height 480\n", kind=12, size=8):
     return (header.encode() + bytes([kind, size])
             + b"".join(struct.pack("<II", t, x | y << 14 | p << 28) for x, y, p, t in rows))  # fmt: skip
 
@@ -118,18 +118,18 @@ def test_npz(file, tmp_path):
 
 
 DAMAGED = {
-    "a.bin": (nmnist_bytes(XYPT)[:-2], r"truncated at byte 15: expected whole events of 5 bytes, got 3 more bytes after 3"),
+    "a.bin": (nmnist_bytes(XYPT)[:-2], r"truncated at byte 15: expected whole events of 5 bytes, got 3 more bytes"),
     "b.bin": (nmnist_bytes([(0, 0, 0, 0), (34, 0, 0, 1)]), r"event 1 has x = 34, expected 0\.\.33"),
-    "a.dat": (dat_bytes(XYPT)[:-1], r"truncated at byte \d+: expected whole events of 8 bytes, got 7 more bytes after 3"),
+    "a.dat": (dat_bytes(XYPT)[:-1], r"truncated at byte \d+: expected whole events of 8 bytes, got 7 more bytes"),
     "b.dat": (b"% Version 2\n", "truncated at byte 12: expected event type and size at byte 12, after the 1 header"),
     "c.dat": (dat_bytes(XYPT, kind=14), "expected events of type 0 .* got type 14 of 8 bytes"),
     "d.dat": (dat_bytes(XYPT, size=16), "got type 12 of 16 bytes"),
     "e.dat": (dat_bytes([(640, 0, 0, 0)]), "event 0 has x = 640"),
     "f.dat": (b"", "truncated at byte 0"),
     "a.aedat": (aedat_bytes([(1, 1, 1, 1)])[:-3], "truncated at byte .*: expected whole events of 8 bytes, got 5 more"),
-    "b.aedat": (aedat_bytes([], header="#!AER-DAT3.1\r\n"), "byte 0: expected #!AER-DAT2.0, got b'#!AER-DAT3.1'.*convert"),
+    "b.aedat": (aedat_bytes([], header="#!AER-DAT3.1\r\n"), "byte 0: expected #!AER-DAT2.0, got b'#!AER-DAT3.1'"),
     "c.aedat": (b"\0" * 16, "byte 0: expected #!AER-DAT2.0"),
-    "d.aedat": (aedat_bytes([], header="#!AER-DAT2.0\n# AEChip: eu.seebetter.ini.chips.davis.Davis640\n"), "DVS128 camera"),
+    "d.aedat": (aedat_bytes([], header="#!AER-DAT2.0\n# AEChip: seebetter.davis.Davis640\n"), "DVS128 camera"),
     "a.aedat4": (b"#!AER-DAT4.0\r\n", "convert the recording to .npz"),
     "a.mat": (mat_bytes(np.zeros((101, 2)))[:-9], "truncated or damaged in the data element at byte 128"),
     "b.mat": (b"MATLAB 7.3 MAT-file".ljust(200), "byte 0: expected a little-endian MATLAB file of version 5"),

@@ -29,7 +29,8 @@ def test_counts_reach_the_first_layer_as_they_are_and_gradients_its_weights(name
     given, current = seen[0]
     assert given.max() == 3 and torch.equal(given.reshape(events.shape), events)
     if isinstance(first, torch.nn.Conv2d):
-        each = torch.stack([F.conv2d(step, first.weight, stride=first.stride, padding=first.padding) for step in events])
+        geometry = dict(stride=first.stride, padding=first.padding)
+        each = torch.stack([F.conv2d(step, first.weight, **geometry) for step in events])
         torch.testing.assert_close(current, each)
     assert first.weight.grad.abs().sum() > 0
 

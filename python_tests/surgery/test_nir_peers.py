@@ -1,7 +1,7 @@
 """NIR graphs between this library and others: the same spikes for the same input, where the neurons are the same.
 
-Weights, inputs and leaks are multiples of small powers of two and thresholds are none, so that every tool's arithmetic is
-exact in float32, whatever its order, and no membrane ever lies on the threshold (where `>` and `>=` would differ).
+Weights, inputs and leaks are multiples of small powers of two and thresholds are none, so that every tool's arithmetic
+is exact in float32, whatever its order, and no membrane ever lies on the threshold (where `>` and `>=` would differ).
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def ours(leak=0.5):
 def ours_on_images(kind=LIF):
     neuron = IF(THRESHOLD, reset="hard") if kind is IF else LIF(0.5, THRESHOLD, reset="hard")
     return nn.Sequential(exact(SpikeConv2d(2, 6, 3, padding=1)), neuron, SpikeAvgPool2d(2), nn.Flatten(2),
-                         exact(SpikeLinear(96, 10, bias=False, kind="pooled")), LIF(0.5, THRESHOLD, reset="hard"))  # fmt: skip
+                         exact(SpikeLinear(96, 10, bias=False, kind="pooled")),
+                         LIF(0.5, THRESHOLD, reset="hard"))  # fmt: skip
 
 
 def stepwise(model, sequence):
@@ -74,7 +75,8 @@ def test_from_snntorch(leak):
     peer = pytest.importorskip("snntorch.export_nir")
 
     def leaky(n):  # its export needs a value for each neuron
-        return snn.Leaky(torch.full((n,), leak), torch.full((n,), THRESHOLD), init_hidden=True, reset_mechanism="zero", reset_delay=False)
+        leaks, thresholds = torch.full((n,), leak), torch.full((n,), THRESHOLD)
+        return snn.Leaky(leaks, thresholds, init_hidden=True, reset_mechanism="zero", reset_delay=False)
 
     model = nn.Sequential(exact(nn.Linear(20, 30)), leaky(30), exact(nn.Linear(30, 10)), leaky(10))
     given = binary(20)
