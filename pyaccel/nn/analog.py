@@ -98,6 +98,10 @@ class _Analog:
         """Forget the mapped arrays: the next pass maps the weight again."""
         self._mapped = None
 
+    def _apply(self, fn, recurse=True):
+        self.remap()  # .to(), .half(), .cuda() exchange the data of a parameter, which its version does not count
+        return super()._apply(fn, recurse)
+
     def _map(self) -> Tensor:
         """The arrays, in float32 also for weights of half types: those would lose what wires do to them."""
         weight = self.weight.float() if self.weight.dtype in HALF else self.weight

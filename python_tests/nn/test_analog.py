@@ -82,6 +82,17 @@ def test_remapped_after_an_update_and_only_then(monkeypatch):
     assert not torch.allclose(layer(x), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_mapped_anew_when_the_model_changes_its_type(dtype):
+    layer, x = linear(), torch.randn(3, 19)
+    before = layer(x)
+    layer.to(dtype)
+    assert layer(x.to(dtype)).dtype == dtype and layer.effective_weight().dtype == dtype
+    torch.testing.assert_close(layer(x.to(dtype)).float(), before, rtol=0.02, atol=0.02)
+    layer.to("meta")
+    assert layer._mapped is None
+
+
 def test_mapped_inside_inference_mode_still_trains():
     layer, x = linear(), torch.randn(3, 19)
     with torch.inference_mode():
