@@ -1,9 +1,10 @@
 """Bit errors of hybrid 8T-6T memory against adversarial attacks, arXiv 2011.13392: noise in chosen layers of a trained
 network, and the attack on parameters that the same memory permits.
 
-A network is trained (or loaded) and never retrained. Sites (weights or outputs of a layer) and their memory are chosen on
-images kept from training. On test images the report gives the gain against attackers who see one draw of the noise (A),
-the network without noise (B), or the average over draws (C): a gain against A that C does not meet is a masked gradient.
+A network is trained (or loaded) and never retrained. Sites (weights or outputs of a layer) and their memory are chosen
+on images kept from training. On test images the report gives the gain against attackers who see one draw of the noise
+(A), the network without noise (B), or the average over draws (C): a gain against A that C does not meet is a masked
+gradient.
 """
 
 from __future__ import annotations
@@ -118,18 +119,19 @@ class Config(ClassifierConfig):
 
 PAPER = Config()
 DESK = replace(
-    PAPER, preset="desk", networks=("vgg5",), width=0.25, train_images=20_000, watch_images=1_000, epochs=6, batch_size=100,
-    lr=0.1, selection_images=400, calibration_images=500, test_images=600, n8t=(1, 2, 3), probabilities=(1e-2, 1e-1),
-    neighbours=False, test_repeats=3, samples=10, epsilons=(2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2),
-    pgd_epsilons=(8 / 255,), pgd_images=300, sweep_p=(1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1), seeds=(0, 1),
+    PAPER, preset="desk", networks=("vgg5",), width=0.25, train_images=20_000, watch_images=1_000, epochs=6,
+    batch_size=100, lr=0.1, selection_images=400, calibration_images=500, test_images=600, n8t=(1, 2, 3),
+    probabilities=(1e-2, 1e-1), neighbours=False, test_repeats=3, samples=10,
+    epsilons=(2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2), pgd_epsilons=(8 / 255,), pgd_images=300,
+    sweep_p=(1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1), seeds=(0, 1),
 )  # fmt: skip
 DIGITS = dict(mean=None, std=None, crop_padding=0, flip=False, train_images=None, screening_eps=0.1)
 DESK_DIGITS = replace(DESK, **DIGITS, epochs=4, batch_size=64, epsilons=(0.05, 0.1, 0.2, 0.3), pgd_epsilons=(0.1,))
 SMOKE = replace(
     DESK_DIGITS, preset="smoke", data="digits8", epochs=5, selection_images=200, calibration_images=200,
-    width=0.125, test_images=None, n8t=(1, 4), probabilities=(1e-1,), repeats=3, samples=5, pgd_images=60,
-    epsilons=(0.05, 0.1, 0.2), voltage_p=(0.1,), bank_n8t=(1,), surgical_rounds=(1,), surgical_budgets=(20,),
-    progressive_rounds=3, attack_images=64, sweep_p=(1e-3, 1e-2, 1e-1), seeds=(0, 1, 2),
+    width=0.125, test_images=None, n8t=(1, 4), probabilities=(1e-1,), repeats=3, test_repeats=2, samples=4,
+    pgd_images=60, pgd_steps=4, epsilons=(0.05, 0.1, 0.2), voltage_p=(0.1,), bank_n8t=(1,), surgical_rounds=(1,),
+    surgical_budgets=(20,), progressive_rounds=3, attack_images=64, sweep_p=(1e-3, 1e-2, 1e-1), seeds=(0, 1, 2),
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
@@ -188,9 +190,12 @@ def check(config: Config) -> None:
         positive=("screening_eps",),
     )  # fmt: skip
     if config.model:
-        raise ValueError(f"model: sram_noise studies several networks; name them in networks, got model {config.model!r}")
+        raise ValueError(
+            f"model: sram_noise studies several networks; name them in networks, got model {config.model!r}"
+        )
     check_choices("networks", config.networks, models.list_models())
-    for name, known in (("n8t", range(WORD_BITS)), ("bank_n8t", range(WORD_BITS)), ("probabilities", None), ("epsilons", None)):
+    bits = range(WORD_BITS)
+    for name, known in (("n8t", bits), ("bank_n8t", bits), ("probabilities", None), ("epsilons", None)):
         check_choices(name, getattr(config, name), known)
     for name in ("probabilities", "voltage_p", "sweep_p"):
         if not all(0 < p <= 1 for p in getattr(config, name)):
@@ -209,7 +214,11 @@ def build(config: Config, number: int, images: Images, seed: int) -> nn.Module:
     """Network number `number`, its weights drawn from `seed` alone."""
     seed_everything(seed)
     model = models.build(
-        config.networks[number], spiking=False, width=config.width, input_shape=images.shape, classes=len(images.classes)
+        config.networks[number],
+        spiking=False,
+        width=config.width,
+        input_shape=images.shape,
+        classes=len(images.classes),
     )
     return model.to(memory_format=torch.channels_last)
 
@@ -246,7 +255,9 @@ def study(
     for site in bench.memories:
         screened += screen(measure, [site], settings)
         best = max(cell.measured.attacked_mean for cell in screened if cell.site == site)
-        say(f"{name}, seed {seed}: {site}: accuracy under attack {base.attacked_mean:.1%}, at best {best:.1%} with noise")
+        say(
+            f"{name}, seed {seed}: {site}: under attack {base.attacked_mean:.1%}, at best {best:.1%} with noise"
+        )
     kept = retained(screened, base, tolerance)
     ours = combine(measure, kept, base, tolerance, neighbours=config.neighbours)
     say(f"{name}, seed {seed}: chosen: {', '.join(f'{s} n8t={n} p={p:g}' for s, (n, p) in ours.items()) or 'nothing'}")

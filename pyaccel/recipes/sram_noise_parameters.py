@@ -30,7 +30,7 @@ def parameter_attacks(
     n8t: int, batch_size: int, voltage_p: Sequence[float], surgical_rounds: Sequence[int], budgets: Sequence[int],
     progressive_rounds: int, chips: Sequence[int],
 ) -> dict[str, Figures]:  # fmt: skip
-    """What each attack on 8-bit weights with `n8t` safe bits does to the accuracy on (x, y). batch: what it may look at.
+    """What each attack on 8-bit weights with `n8t` safe bits does to the accuracy on (x, y), looking at `batch` alone.
 
     Names: "none" (quantised, not attacked), "voltage/p=...", "surgical/rounds=..." and "surgical/budget=...", each with
     its "random/..." (about as many flips, drawn from the same bits of all layers), "progressive".
@@ -54,7 +54,9 @@ def parameter_attacks(
     found = {"none": cell("none", lambda: attack(rounds=0))}
     for p in voltage_p:
         found[f"voltage/p={p:g}"] = cell("voltage", partial(drawn, p=p), p=p, chips=list(chips))
-    surgical = [(f"rounds={n}", {"rounds": n}) for n in surgical_rounds] + [(f"budget={n}", {"budget": n}) for n in budgets]
+    surgical = [(f"rounds={n}", {"rounds": n}) for n in surgical_rounds] + [
+        (f"budget={n}", {"budget": n}) for n in budgets
+    ]
     for name, options in surgical:
         found[f"surgical/{name}"] = cell("surgical", partial(attack, **options), **options)
         p = min(1.0, found[f"surgical/{name}"]["flips"] / bits)

@@ -95,11 +95,27 @@ def bit_errors(report: Report, path: Path) -> None:
                 marker = "os^v"[i % 4]
                 for kind, (label, colour) in kinds.items():
                     y = [report[f"{name}/sweep/{kind}/n8t={n8t}/p={p:g}/accuracy"].value for p in config["sweep_p"]]
-                    axis.plot(config["sweep_p"], y, "-", marker=marker, color=colour, label=f"{label}, 8T bits: {n8t}", **shade)
+                    axis.plot(
+                        config["sweep_p"],
+                        y,
+                        "-",
+                        marker=marker,
+                        color=colour,
+                        label=f"{label}, 8T bits: {n8t}",
+                        **shade,
+                    )
                 if config["voltage_p"]:
                     key = f"{name}/parameters/n8t={n8t}/voltage/p={{:g}}/accuracy"
                     y = [report[key.format(p)].value for p in config["voltage_p"]]
-                    axis.plot(config["voltage_p"], y, "--", marker=marker, color=MARK, label=f"voltage attacker, 8T bits: {n8t}", **shade)
+                    axis.plot(
+                        config["voltage_p"],
+                        y,
+                        "--",
+                        marker=marker,
+                        color=MARK,
+                        label=f"voltage attacker, 8T bits: {n8t}",
+                        **shade,
+                    )
             axis.axhline(report[f"{name}/none/clean"].value, color="#5F5F5F", linewidth=1, linestyle=":")
             axis.set_xscale("log")
             axis.set_ylim(bottom=0)

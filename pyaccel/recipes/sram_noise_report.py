@@ -105,7 +105,9 @@ def verdict(report: Report, name: str) -> str:
     """Whether the gain of the chosen sites, if there is one, survives averaging over noise."""
     key = f"{name}/chosen/fgsm/{{}}/{report.config['screening_eps']:.4f}/gain"
     a, c, least = (report[key.format(level)] for level in ("A", "C", LEAST))
-    said = f"{a.text()} points against attacker A, {c.text()} against C, {least.text()} against the strongest of A, B, C"
+    said = (
+        f"{a.text()} points against attacker A, {c.text()} against C, {least.text()} against the strongest of A, B, C"
+    )
     if report[f"{name}/chosen_sites"].value == 0:
         return f"**{name}: no site qualified on the selection images**, so there is no gain that could survive."
     if a.n == 1:
@@ -116,7 +118,9 @@ def verdict(report: Report, name: str) -> str:
         return f"**{name}: the gain does not survive averaging over noise** ({said}): it is a masked gradient."
     most = "" if least.value > _margin(least) else " An attacker who may choose between the three leaves nothing of it."
     if c.value < a.value - _margin(a) - _margin(c):
-        return f"**{name}: part of the gain survives averaging over noise** ({said}); the rest is a masked gradient.{most}"
+        return (
+            f"**{name}: part of the gain survives averaging over noise** ({said}); the rest is a masked gradient.{most}"
+        )
     return f"**{name}: the gain survives averaging over noise** ({said}).{most}"
 
 
@@ -126,7 +130,20 @@ def _margin(result: Result) -> float:
 
 def _survival(report: Report) -> Section:
     eps = f"{report.config['screening_eps']:.4f}"
-    rows = [("network", "clean, no noise", "clean, noise", "FGSM, no noise", "A", "B", "C", "gain A", "gain C", "least gain")]
+    rows = [
+        (
+            "network",
+            "clean, no noise",
+            "clean, noise",
+            "FGSM, no noise",
+            "A",
+            "B",
+            "C",
+            "gain A",
+            "gain C",
+            "least gain",
+        )
+    ]
     for name in report.config["networks"]:
         key = f"{name}/chosen/fgsm/{{}}/{eps}/{{}}"
         rows.append((
@@ -138,10 +155,10 @@ def _survival(report: Report) -> Section:
     images = int(report[f"{report.config['networks'][0]}/test_images"].value)
     text = [verdict(report, name) for name in report.config["networks"]]
     text.append(
-        f"Test accuracy in %, gains in points, noise in the chosen sites, FGSM at eps {eps}, {images:,} test images. A: "
-        f"gradient of one draw of the noise; B: of the network without noise; C: mean over {report.config['samples']} draws. "
-        "A gain counts where it exceeds two standard errors over seeds. Of the test images themselves, two standard "
-        f"errors of one accuracy are up to {100 / math.sqrt(images):.1f} points."
+        f"Test accuracy in %, gains in points, noise in the chosen sites, FGSM at eps {eps}, {images:,} test images. "
+        "A: gradient of one draw of the noise; B: of the network without noise; C: mean over "
+        f"{report.config['samples']} draws. A gain counts where it exceeds two standard errors over seeds. Of the test "
+        f"images themselves, two standard errors of one accuracy are up to {100 / math.sqrt(images):.1f} points."
     )
     return Section("Does the gain survive averaging over noise?", text, rows)
 
@@ -163,12 +180,14 @@ def _epsilons(report: Report, name: str) -> Section:
     text = [
         f"Clean accuracy: {report[f'{name}/unquantised/clean'].text()} % in floating point, "
         f"{report[f'{name}/none/clean'].text()} % in 8-bit words without failures, "
-        f"{report[f'{name}/chosen/clean'].text()} % with noise in the chosen sites. AL = clean accuracy - accuracy under "
-        "attack, of the same network and noise; it also falls when clean accuracy falls. "
+        f"{report[f'{name}/chosen/clean'].text()} % with noise in the chosen sites. AL = clean accuracy - accuracy "
+        "under attack, of the same network and noise; it also falls when clean accuracy falls. "
         f"Deviation over the {report.config['test_repeats']} chips of a seed at attacker A: {spread.value:.2f} points."
         + (f" PGD: {report.config['pgd_steps']} steps on {few:,} of the images." if few else "")
     ]
-    caption = "Accuracy and gain against epsilon: lines FGSM, open circles PGD. No noise, and noise in the chosen sites."
+    caption = (
+        "Accuracy and gain against epsilon: lines FGSM, open circles PGD. No noise, and noise in the chosen sites."
+    )
     plots = [("epsilon.png", caption)] if name == report.config["networks"][-1] else []
     return Section(f"{name}: accuracy against epsilon", text, rows, plots)
 
@@ -184,7 +203,9 @@ def cells(report: Report, name: str) -> list[tuple[str, int, float]]:
 
 
 def _selection(report: Report, name: str) -> Section:
-    rows = [("site", "8T bits", "p", "chosen by seeds", "gain A, points", "clean cost, points", "mu measured", "mu uniform")]
+    rows = [
+        ("site", "8T bits", "p", "chosen by seeds", "gain A, points", "clean cost, points", "mu measured", "mu uniform")
+    ]
     for site, n8t, p in cells(report, name):
         key = f"{name}/screen/{site}/n8t={n8t}/p={p:g}"
         share = report[f"{key}/chosen"]
@@ -195,18 +216,20 @@ def _selection(report: Report, name: str) -> Section:
             except KeyError:
                 alone = ("not tried alone",) * 3
             uniform = SramConfig(8, n8t=n8t, p6=p).mu
-            rows.append((site, str(n8t), f"{p:g}", f"{round(share.value * share.n)} of {share.n}", *alone, f"{uniform:.2e}"))
+            rows.append(
+                (site, str(n8t), f"{p:g}", f"{round(share.value * share.n)} of {share.n}", *alone, f"{uniform:.2e}")
+            )
     c = report.config
     text = [
-        f"On {c['selection_images']:,} images kept from training, {c['repeats']} chips, FGSM at eps {c['screening_eps']:.4f}, "
-        f"attacker A; gain and cost of the site alone. Kept: cost at most {c['tolerance']:g} points and gain above two "
-        "standard errors over chips; then added greedily. mu = mean |q' - q| / 255; measured on the network's own codes, and "
-        "for uniform codes in closed form (the definition is this library's)."
+        f"On {c['selection_images']:,} images kept from training, {c['repeats']} chips, FGSM at eps "
+        f"{c['screening_eps']:.4f}, attacker A; gain and cost of the site alone. Kept: cost at most {c['tolerance']:g} "
+        "points and gain above two standard errors over chips; then added greedily. mu = mean |q' - q| / 255; measured "
+        "on the network's own codes, and for uniform codes in closed form (the definition is this library's)."
     ]
     if len(rows) == 1:
         text.insert(0, "**No site qualified for any seed.**")
         rows = []
-    caption = "Gain of every site and setting alone (points, mean over seeds, selection images). Crosses: clean cost too high."
+    caption = "Gain of every site and setting alone (points, mean over seeds, selection images); ×: costs too much."
     plots = [("gains.png", caption)] if name == c["networks"][-1] else []
     return Section(f"{name}: chosen sites", text, rows, plots)
 
@@ -244,11 +267,11 @@ def _parameters(report: Report, name: str) -> Section:
                 report[f"{key}/confidence"].text(),
             ))  # fmt: skip
     text = [
-        "Weights in 8-bit two's complement words, their low bits in 6T cells. none: quantised, not attacked. voltage: random "
-        "flips at p in the half of the layers that the attacker reckons most harmful. surgical: he chooses the flips, in 6T "
-        "bits alone (rounds: gradients; budget: flips allowed). random: as many flips as surgical, anywhere in the same "
-        "bits. progressive: bit search, one bit a round. Confidence: mean largest softmax over misclassified and all "
-        "images. The attackers are this library's reconstructions: the paper's algorithm was not at hand."
+        "Weights in 8-bit two's complement words, their low bits in 6T cells. none: quantised, not attacked. voltage: "
+        "random flips at p in the half of the layers that the attacker reckons most harmful. surgical: he chooses the "
+        "flips, in 6T bits alone (rounds: gradients; budget: flips allowed). random: as many flips as surgical, "
+        "anywhere in the same bits. progressive: bit search, one bit a round. Confidence: mean largest softmax over "
+        "misclassified and all images. The attackers are ours: the paper's algorithm was not at hand."
     ]
     return Section(f"{name}: attack on parameters", text, rows)
 
@@ -260,13 +283,17 @@ def _sweep(report: Report) -> Section:
         keys = [f"{name}/sweep/{kind}/n8t={n}/p={p:g}/accuracy" for name in c["networks"]
                 for kind in ("weight", "activation") for n in c["bank_n8t"]]  # fmt: skip
         rows.append((f"{p:g}", *(report[key].text() for key in keys)))
-    caption = "Clean accuracy against the bit error rate of 6T cells; broken lines: the voltage attacker's half of the layers."
-    text = ["Clean test accuracy in %, every weight or every output failing; one seed of the noise is one chip at every p."]
+    caption = "Clean accuracy against the bit error rate of 6T cells; broken lines: half of the layers (voltage)."
+    text = [
+        "Clean test accuracy in %, every weight or every output failing; one seed of the noise is one chip at every p."
+    ]
     return Section("Accuracy against bit error rate", text, rows, [("bit_errors.png", caption)])
 
 
 def _lines(config) -> list[tuple[str, str, int]]:
-    return [(name, label, n) for name in config["networks"] for label in ("weights", "outputs") for n in config["bank_n8t"]]
+    return [
+        (name, label, n) for name in config["networks"] for label in ("weights", "outputs") for n in config["bank_n8t"]
+    ]
 
 
 def _method(report: Report) -> Section:
@@ -275,14 +302,14 @@ def _method(report: Report) -> Section:
     return Section(
         "How it was measured",
         [
-            f"Networks {', '.join(c['networks'])}, width {c['width']:g}, {source}, data {c['data'] or 'PYACCEL_DATA'}, seeds "
-            f"{', '.join(map(str, c['seeds']))}; never retrained with noise. {c['selection_images']:,} training images were "
-            "kept from training to select on; test images and the chips of the report had no part in the selection.",
-            "All sites of every network compared lie in 8-bit words; only which of them fail differs. Weights: one mask a "
-            "chip. Outputs: a new draw at every pass; attacked images are classified with a draw the attacker did not see. "
-            "Gradients run straight through quantiser and flips. FGSM and PGD in pixel units, clipped to [0, 1]; PGD from a "
-            "random start, gradient at the current point.",
-            "Bit rules, code ranges, sites, selection and attackers on parameters are this library's: of the paper only the "
-            "abstract could be read.",
+            f"Networks {', '.join(c['networks'])}, width {c['width']:g}, {source}, data {c['data'] or 'PYACCEL_DATA'}, "
+            f"seeds {', '.join(map(str, c['seeds']))}; never retrained with noise. {c['selection_images']:,} training "
+            "images were kept from training to select on; the test images and chips had no part in that.",
+            "All sites of every network compared lie in 8-bit words; only which of them fail differs. Weights: one "
+            "mask a chip. Outputs: a new draw at every pass; attacked images are classified with a draw the attacker "
+            "did not see. Gradients run straight through quantiser and flips. FGSM and PGD in pixel units, clipped to "
+            "[0, 1]; PGD from a random start, gradient at the current point.",
+            "Bit rules, code ranges, sites, selection and attackers on parameters are this library's: of the paper "
+            "only the abstract could be read.",
         ],
     )

@@ -241,7 +241,8 @@ def test_sites_are_found_again_and_take_other_banks():
     assert noisy_sites(network()) == {}
     found["0/weight"].set_bank(SramConfig(8, n8t=8), seed=4)
     other = surgery.with_noisy_memory(network(), {"0/weight": SramConfig(8, n8t=1, p6=0.3)}, seed=4)
-    assert torch.equal(model[0].layer.weight, surgery.with_noisy_memory(network(), {"0/weight": SramConfig(8, n8t=8)})[0].weight)
+    safe = surgery.with_noisy_memory(network(), {"0/weight": SramConfig(8, n8t=8)})
+    assert torch.equal(model[0].layer.weight, safe[0].weight)
     found["0/weight"].set_bank(SramConfig(8, n8t=1, p6=0.3), seed=4)
     assert torch.equal(model[0].layer.weight, other[0].weight)
     with pytest.raises(ValueError, match="step belongs to words of 8 bits, got 4"):

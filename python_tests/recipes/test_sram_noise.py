@@ -155,12 +155,14 @@ PLACED = {"4/weight": (1, 0.05), "2/activation": (2, 0.1)}
 
 def test_sites_are_weights_and_outputs_behind_them(network):
     assert sites_of(network) == [
-        "0/weight", "2/activation", "4/weight", "6/activation", "7/weight", "9/activation", "12/weight", "14/activation",
-        "15/weight",
+        "0/weight", "2/activation", "4/weight", "6/activation", "7/weight", "9/activation", "12/weight",
+        "14/activation", "15/weight",
     ]  # fmt: skip
     residual = models.build("resnet18", classes=4, spiking=False, width=0.05)
     found = sites_of(residual)
-    assert "readout/weight" in found and "features.5.shortcut.0/weight" in found and "features.3.relu/activation" in found
+    assert (
+        "readout/weight" in found and "features.5.shortcut.0/weight" in found and "features.3.relu/activation" in found
+    )
     assert sum(site.endswith("/weight") for site in found) == 21  # 17 convolutions, 3 shortcuts, the read-out
 
 
@@ -188,9 +190,7 @@ def test_no_figure_depends_on_how_images_are_batched(network, images, gradient, 
     for batch_size in (30, 7):
         bench = bench_of(network, images, batch_size)
         bench.place(PLACED, 3)
-        figures.append(
-            [bench.accuracy(x, y), *bench.fgsm(x, y, [0.02, 0.1], gradient, samples)]
-        )
+        figures.append([bench.accuracy(x, y), *bench.fgsm(x, y, [0.02, 0.1], gradient, samples)])
     assert figures[0] == pytest.approx(figures[1], abs=1.01 / 30)  # sums in another order may move one image
     other = bench_of(network, images)
     seen = set()
@@ -224,7 +224,9 @@ def test_measured_magnitude_of_a_site(network, images):
 def test_parameter_attacks_name_their_controls(network, images, tmp_path):
     x, y = images
     cells = Cells(tmp_path / "cells.jsonl", 0)
-    options = dict(n8t=2, batch_size=10, voltage_p=[0.3], surgical_rounds=[1], budgets=[12], progressive_rounds=2, chips=[0, 1])
+    options = dict(
+        n8t=2, batch_size=10, voltage_p=[0.3], surgical_rounds=[1], budgets=[12], progressive_rounds=2, chips=[0, 1]
+    )
     found = parameter_attacks(network, (x[:8], y[:8]), x, y, cells, **options)
     assert list(found) == ["none", "voltage/p=0.3", "surgical/rounds=1", "random/rounds=1", "surgical/budget=12",
                            "random/budget=12", "progressive"]  # fmt: skip
@@ -235,7 +237,11 @@ def test_parameter_attacks_name_their_controls(network, images, tmp_path):
     assert 0 < found["random/budget=12"]["flips"] < 40
     assert parameter_attacks(None or network, (x[:8], y[:8]), x, y, Cells(cells.file, 0), **options) == found
     mixed = averaged([{"accuracy": 0.5, "confidence_wrong": None}, {"accuracy": 1.0, "confidence_wrong": 0.4}])
-    assert mixed["accuracy"] == 0.75 and mixed["confidence_wrong"] is None and mixed["noise_std"] == pytest.approx(0.125**0.5)
+    assert (
+        mixed["accuracy"] == 0.75
+        and mixed["confidence_wrong"] is None
+        and mixed["noise_std"] == pytest.approx(0.125**0.5)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -254,7 +260,8 @@ def study(a, b, c, chosen):
                 found.attacked[placement, attack, level, eps] = values
     figures = {"accuracy": 0.2, "confidence_wrong": 0.9, "confidence": 0.8, "flips": 7}
     found.parameters[4] = {
-        "none": figures | {"accuracy": 0.8, "flips": 0}, "voltage/p=0.5": figures, "surgical/rounds=1": figures | {"confidence_wrong": None}
+        "none": figures | {"accuracy": 0.8, "flips": 0}, "voltage/p=0.5": figures,
+        "surgical/rounds=1": figures | {"confidence_wrong": None},
     }  # fmt: skip
     for kind in ("weight", "activation"):
         found.sweep[kind, 4, 0.01] = [0.7, 0.72]
@@ -262,8 +269,8 @@ def study(a, b, c, chosen):
 
 
 CONFIG = Config(
-    preset="test", networks=("vgg5",), seeds=(0, 1, 2), epsilons=(0.1,), screening_eps=0.1, pgd_epsilons=(0.1,), n8t=(1,),
-    probabilities=(0.1,), bank_n8t=(4,), voltage_p=(0.5,), sweep_p=(0.01,),
+    preset="test", networks=("vgg5",), seeds=(0, 1, 2), epsilons=(0.1,), screening_eps=0.1, pgd_epsilons=(0.1,),
+    n8t=(1,), probabilities=(0.1,), bank_n8t=(4,), voltage_p=(0.5,), sweep_p=(0.01,),
 )  # fmt: skip
 
 
@@ -332,7 +339,7 @@ def test_published_figures_are_nowhere():
     }
 
 
-# ---------------------------------------------------------------------------------------------------- presets and errors
+# --------------------------------------------------------------------------------------------------- presets and errors
 
 
 def test_presets():

@@ -1,4 +1,4 @@
-"""The smoke preset of `sram_noise` from the command line to the report: whole, stopped in its search, with given weights."""
+"""The smoke preset of `sram_noise` from command line to report: whole, stopped in its search, with given weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_the_folder_holds_what_a_run_promises(folder):
     }  # fmt: skip
     text = (folder / "report.md").read_text()
     for title in ("Does the gain survive averaging over noise?", "vgg5: accuracy against epsilon", "vgg5: chosen sites",
-                  "Ablations", "vgg5: attack on parameters", "Accuracy against bit error rate", "How it was measured"):  # fmt: skip
+                  "Ablations", "vgg5: attack on parameters", "Accuracy against bit error rate",
+                  "How it was measured"):  # fmt: skip
         assert f"## {title}" in text
     for name in ("gains.png", "epsilon.png", "bit_errors.png"):
         assert f"]({name})" in text and (folder / name).read_bytes()[:4] == b"\x89PNG"
