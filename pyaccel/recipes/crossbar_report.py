@@ -157,6 +157,8 @@ def _clean(report: Report, networks: list[str]) -> Section:
         "Slope and residue: of the effective on the wanted weights, after the calibration, mean over layers. No "
         "gradient: share of images whose loss has a gradient of exactly zero."
     ]
+    if len(report.config["seeds"]) == 1:
+        text.append("One seed: deviations are over chips alone.")
     if masked:
         text.append(
             f"**Some images have no gradient in software: {', '.join(masked)}. No attack by gradients moves them, so "
@@ -198,8 +200,8 @@ def _controls(report: Report) -> Section:
         )
     text = [
         "Accuracy under attack minus that of the software under its own attack, in points. What SH has and HH does not "
-        "is an attack that does not fit its target, which any other network of the same accuracy would show: a transfer "
-        "effect, not robustness. What the Gaussian control shows as well (the same distance from the software in every "
+        "comes of an attack that does not fit its target, as between any two networks that differ: a transfer effect, "
+        "not robustness. What the Gaussian control shows as well (the same distance from the software in every "
         "layer) owes nothing to wires.",
         *text,
     ]
