@@ -26,6 +26,9 @@ class Recipe:
 
 
 RECIPES = {
+    "hybrid_snn": Recipe(
+        "pyaccel.recipes.hybrid_snn", "arXiv 2005.01807", "artificial networks converted to spiking ones, then tuned for few steps"
+    ),
     "prune_while_training": Recipe(
         "pyaccel.recipes.prune_while_training", "arXiv 2003.02800", "filters pruned epoch by epoch, without retraining"
     ),
