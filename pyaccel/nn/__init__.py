@@ -4,6 +4,7 @@ from pyaccel.nn.analog import AnalogConv2d, AnalogLinear
 from pyaccel.nn.factorized import FactorizedConv2d, grown_spare, hoyer, kept_by_energy, orthogonality
 from pyaccel.nn.memory import NoisyMemory, StoredOutput, set_memory_pass, without_failures
 from pyaccel.nn.neuron import BNTTLIF, IF, LIF, STDBLIF, PoissonEncoder
+from pyaccel.nn.prototypes import PrototypeMemory, choose_prototypes, self_entropy
 from pyaccel.nn.quant import QuantConv2d, QuantLinear, load_packed_state, packed_state
 from pyaccel.nn.spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from pyaccel.nn.time import every_step
@@ -17,6 +18,7 @@ __all__ = [
     "LIF",
     "NoisyMemory",
     "PoissonEncoder",
+    "PrototypeMemory",
     "QuantConv2d",
     "QuantLinear",
     "STDBLIF",
@@ -24,6 +26,7 @@ __all__ = [
     "SpikeConv2d",
     "SpikeLinear",
     "StoredOutput",
+    "choose_prototypes",
     "every_step",
     "grown_spare",
     "hoyer",
@@ -32,5 +35,6 @@ __all__ = [
     "orthogonality",
     "packed_state",
     "set_memory_pass",
+    "self_entropy",
     "without_failures",
 ]
