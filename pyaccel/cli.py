@@ -1,4 +1,4 @@
-"""The command line: `pyaccel run | list | doctor | bench | report`, also `python -m pyaccel ...`."""
+"""The command line: `pyaccel run | list | doctor | bench | report | check-data`, also `python -m pyaccel ...`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BENCHMARKS = ("bench_", "test_")  # bench_FAMILY.py, bench_FAMILY_more.py in ben
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 where `doctor` found a fault, 2 for a mistake in the call.
+    """Run one command; returns the exit code: 0, 1 where `doctor` or `check-data` found a fault, 2 for a mistake in the call.
 
     A mistake is told in one line; with PYACCEL_TRACEBACK=1 the traceback comes as well. SIGTERM: exit code 143.
     """
@@ -70,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print the report of a run")
     report.add_argument("folder", metavar="RUN_FOLDER")
     report.set_defaults(command=lambda options: _report(options.folder))
+
+    check = commands.add_parser("check-data", help="read a whole data set before a long run")
+    check.add_argument("path", metavar="PATH", help="a data set of images, or a packaged one")
+    check.add_argument("--splits", nargs="+", default=["train", "test"], metavar="SPLIT", help="default: train test")
+    check.add_argument("--sample", type=int, metavar="N", help="read so many images of a split instead of all")
+    check.add_argument("--size", type=int, metavar="PIXELS", help="resize images decoded from files, as training does")
+    check.set_defaults(command=_check_data)
     return parser
 
 
@@ -232,6 +239,18 @@ def _bench(family: str | None) -> int:
     # Without the ordinary options, which leave benchmarks out and hide the modules beside them.
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q"]
     return subprocess.run([*command, *map(str, chosen.values())], cwd=ROOT, check=False).returncode
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from pyaccel.data.check import check_images
+    from pyaccel.data.source import open_images
+
+    faults = 0
+    for split in options.splits:
+        finding = check_images(open_images(options.path, split, size=options.size), sample=options.sample)
+        print("\n".join(finding.lines()), flush=True)
+        faults += len(finding.faults)
+    return 1 if faults else 0
 
 
 def _report(folder: str) -> int:

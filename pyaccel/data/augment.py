@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .decode import Box, random_part
 from .order import AUGMENT, philox_words
 
 # The constants of the published BNTT code, which uses them for CIFAR-10 and CIFAR-100. The deviations are means of
@@ -23,6 +24,8 @@ class Augment:
 
     Frames of event recordings, [B, T, 2, H, W], are cropped and flipped alike in all T steps.
 
+    resized_crop (lowest, highest): a random part with this share of the image's area is resized to the size of the set
+    (see `decode.random_part`); for images decoded from files, as they are decoded.
     crop_padding p: zeros (black) are padded p wide on each side and a window of the old size is cut, its offset
     uniform in 0..2p each way. flip: mirrored left to right with probability 1/2. mean, std: one value a channel.
     Without crop_padding and flip nothing is random: the form for evaluation.
@@ -32,8 +35,12 @@ class Augment:
     flip: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    resized_crop: tuple[float, float] | None = None
 
     def __post_init__(self):
+        if self.resized_crop is not None and not 0 < self.resized_crop[0] <= self.resized_crop[1] <= 1:
+            raise ValueError("Augment: resized_crop must be two shares of the area, 0 < lowest <= highest <= 1, "
+                             f"got {self.resized_crop}")
         if not 0 <= self.crop_padding < 2**15:
             raise ValueError(f"Augment: crop_padding must be 0 or a positive number of pixels, got {self.crop_padding}")
         if (self.mean is None) != (self.std is None) or self.mean is not None and len(self.mean) != len(self.std):
@@ -65,6 +72,13 @@ class Augment:
                          for values in (self.mean, self.std))
             pixels.sub_(mean).div_(std)
         return pixels
+
+    def boxes(self, sample_ids: Tensor, seed: int, epoch: int, n: int) -> list[Box] | None:
+        """What to keep of each sample's image, for `ImageFolder.batch`; None without `resized_crop`."""
+        if self.resized_crop is None:
+            return None
+        words = _epoch_words(n, seed, epoch).index_select(0, sample_ids.cpu())
+        return [random_part(word % 2**64, self.resized_crop) for word in words.tolist()]
 
     def _crop_and_flip(self, images: Tensor, words: Tensor) -> Tensor:
         """Bits 0-23 of a word choose the row offset, 24-47 the column offset, bit 48 the flip.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augment
+from .images import ImageFolder
 from .order import epoch_order
 
 PREFETCH = 2  # Batches made ahead by the background thread: one ready, one in the making.
@@ -47,6 +48,9 @@ class Batches:
         if drop_last and 0 < len(dataset) < batch_size:
             raise ValueError(f"Batches: {len(dataset)} images make no full batch of {batch_size} and drop_last is set; "
                              "choose a smaller batch_size or drop_last=False")
+        if augment is not None and augment.resized_crop is not None and not isinstance(dataset, ImageFolder):
+            raise TypeError("Batches: resized_crop works on images decoded from files (ImageFolder), got "
+                            f"{type(dataset).__name__}; use crop_padding")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.shuffle, self.drop_last, self.augment = shuffle, drop_last, augment
         self.rank, self.world = rank, world
@@ -74,7 +78,8 @@ class Batches:
         return ids[start:stop]
 
     def _make(self, ids: Tensor, epoch: int) -> Batch:
-        images, labels = _fetch(self.dataset, ids)
+        boxes = self.augment.boxes(ids, self.seed, epoch, len(self.dataset)) if self.augment is not None else None
+        images, labels = _fetch(self.dataset, ids) if boxes is None else self.dataset.batch(ids, boxes)
         if images.dtype is torch.uint8 or self.augment is not None:
             white = getattr(self.dataset, "white", 255)
             images = (self.augment or Augment())(images, ids, self.seed, epoch, len(self.dataset), white)

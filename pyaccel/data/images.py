@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .decode import Box, decode
+
 Indices = Sequence[int] | np.ndarray | Tensor
 
 
@@ -54,42 +56,51 @@ class ImageSet(Dataset):
 class ImageFolder(Dataset):
     """Images decoded from files when asked for, always RGB. Item i: (image uint8 [3, H, W], label int).
 
-    files: N paths; labels: int64 [N]; size: the shorter side is resized to it (bilinear, antialiased) and the centre
-    size x size kept; None: nothing is resized, and every image must have the size of the first.
+    files: N paths (or what else has `read()`, see `shards`); labels: int64 [N]; size: the shorter side is resized to
+    `resize` (default: size; bilinear, antialiased) and the centre size x size kept; None: nothing is resized, and every
+    image must have the size of the first.
     Decoding runs on the cores this process may use, shared out among the ranks of one machine.
     Errors name the file: FileNotFoundError, ValueError (cannot be decoded, more than 8 bits, unexpected size).
     """
 
     def __init__(self, files: Sequence[str | os.PathLike], labels: Tensor, classes: Sequence[str], name: str,
-                 size: int | None = None):
+                 size: int | None = None, resize: int | None = None):
         check_labels(labels, len(files), len(classes), name)
         if size is not None and size < 1:
             raise ValueError(f"{name}: size must be at least 1 pixel, got {size}")
+        if resize is not None and (size is None or resize < size):
+            raise ValueError(f"{name}: resize {resize} must be at least size, which is {size}")
         if size is None and not files:
             raise ValueError(f"{name}: no files, so the image size is unknown; give size")
-        self.files = [os.fspath(file) for file in files]
-        self.labels, self.classes, self.name, self.size = labels, tuple(classes), name, size
-        height, width = (size, size) if size is not None else decode(self.files[0]).shape[1:]
+        self.files = [file if hasattr(file, "read") else os.fspath(file) for file in files]
+        self.labels, self.classes, self.name, self.size, self.resize = labels, tuple(classes), name, size, resize
+        height, width = (size, size) if size is not None else self.decode(0).shape[1:]
         self.shape = (3, height, width)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image = decode(self.files[i], self.size)
+        image = self.decode(i)
         if image.shape != self.shape:
-            raise ValueError(f"{self.files[i]}: expected {self.shape[1]} rows of {self.shape[2]} pixels as in the "
+            raise ValueError(f"{os.fspath(self.files[i])}: expected {self.shape[1]} rows of {self.shape[2]} pixels as in the "
                              f"first image, got {image.shape[1]} of {image.shape[2]}; give size to resize and crop all")
         return image, int(self.labels[i])
 
-    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """The images (uint8 [B, 3, H, W]) and labels (int64 [B]) at `indices`."""
+    def decode(self, i: int, box: Box | None = None) -> Tensor:
+        """Image i as `decode` gives it."""
+        file = self.files[i]
+        source = file.read() if hasattr(file, "read") else file
+        return decode(source, self.size, resize=self.resize, box=box, name=os.fspath(file))
+
+    def batch(self, indices: Indices, boxes: Sequence[Box] | None = None) -> tuple[Tensor, Tensor]:
+        """The images (uint8 [B, 3, H, W]) and labels (int64 [B]) at `indices`; of each only its box, with `boxes`."""
         index = as_index(indices, len(self))
         labels = self.labels.index_select(0, index)
         images = torch.empty(len(index), *self.shape, dtype=torch.uint8)
 
         def fill(row: int, i: int) -> None:
-            images[row] = self[i][0]
+            images[row] = self[i][0] if boxes is None else self.decode(i, boxes[row])
 
         with ThreadPoolExecutor(decoding_threads()) as pool:
             for _ in pool.map(fill, range(len(index)), index.tolist()):
@@ -101,29 +112,6 @@ class ImageFolder(Dataset):
         index, part = as_index(indices, len(self)), copy.copy(self)
         part.files, part.labels = [self.files[i] for i in index.tolist()], self.labels.index_select(0, index)
         return part
-
-
-def decode(file: str | os.PathLike, size: int | None = None) -> Tensor:
-    """One image file as RGB, uint8 [3, H, W]; with `size`, shorter side resized to it and the centre cropped."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('decoding image files needs Pillow: pip install "pyaccel[images]"') from error
-    try:
-        with Image.open(file) as opened:
-            if opened.mode[0] in "IF":  # Pillow would clip 16 and 32 bits to 255 without a word.
-                raise ValueError(f"its pixels have more than 8 bits (Pillow mode {opened.mode})")
-            image = opened.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error and more.
-        raise ValueError(f"{file}: cannot decode this image ({error}); replace or remove the file") from error
-    if size is not None:
-        width, height = (side * size // min(image.size) for side in image.size)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
 def check_labels(labels: Tensor, images: int, classes: int, where: object) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .images import ImageFolder, ImageSet, check_labels, decode
+from .decode import decode
+from .images import ImageFolder, ImageSet, check_labels
 from .readers import FOLDER_SPLITS, IMAGE_SUFFIXES, TEN, Source, check_split, image_files, listing, subfolders
 
 MINI_IMAGENET_SEED = 1234  # of the split that 2009.01956 and the code it compares with share

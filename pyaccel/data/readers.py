@@ -94,11 +94,11 @@ def read_npz(file: Source, split: str) -> ImageSet:
     return _image_set(images, labels, classes, _name(file, split), f"{file}: {label_key}")
 
 
-def read_folder(folder: Source, split: str, size: int | None = None) -> ImageFolder:
+def read_folder(folder: Source, split: str, size: int | None = None, resize: int | None = None) -> ImageFolder:
     """An image folder, decoded lazily: `CLASS/x.jpg` (split "all"), or those class folders inside train/, val/, test/.
 
     Classes are the sorted folder names, those of train/ where it exists. Where there is no test/ with class folders
-    (ImageNet publishes none), split "test" is val/, as the name of the result shows. size: as in `ImageFolder`.
+    (ImageNet publishes none), split "test" is val/, as the name of the result shows. size, resize: as of `ImageFolder`.
     FileNotFoundError; ValueError for a missing split, an empty class folder, a class that train/ does not have.
     """
     folder = Path(folder)
@@ -124,7 +124,7 @@ def read_folder(folder: Source, split: str, size: int | None = None) -> ImageFol
                              f"found {listing(place)}")
         files += found
         labels += [number[name]] * len(found)
-    return ImageFolder(files, torch.tensor(labels, dtype=torch.int64), classes, _name(folder, split), size)
+    return ImageFolder(files, torch.tensor(labels, dtype=torch.int64), classes, _name(folder, split), size, resize)
 
 
 def check_split(split: str, known: Iterable[str], where: object) -> None:

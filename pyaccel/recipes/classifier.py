@@ -44,6 +44,9 @@ class ClassifierConfig:
         std: divides the pixels after that; None as for mean.
         crop_padding: random crops after padding by so many pixels, in training.
         flip: random horizontal flips in training.
+        image_size: images decoded from files are resized and cropped to so many pixels a side; None: they have one size.
+        resized_crop: train on random parts of the images, of 8 to 100 % of their area, resized to `image_size`; test
+            images are then resized to 8/7 of it before the crop (256 for 224).
         epochs: passes over the training images.
         batch_size: images a step, over all processes.
         accumulate: cut each process's share of a batch into so many parts, one after the other, to save memory.
@@ -66,6 +69,8 @@ class ClassifierConfig:
     std: tuple[float, ...] | None = CIFAR_STD
     crop_padding: int = 4
     flip: bool = True
+    image_size: int | None = None
+    resized_crop: bool = False
     epochs: int = 100
     batch_size: int = 128
     accumulate: int = 1
@@ -99,6 +104,11 @@ def check_choices(name: str, values: Sequence, known: Sequence | None = None) ->
 def check_fields(config: Any, *, at_least_one: Collection[str] = (), positive: Collection[str] = ()) -> None:
     """ValueError for the shared fields that no later check would name, and for the named ones of the recipe's own."""
     check_choices("seeds", config.seeds)
+    if config.resized_crop and (config.image_size is None or config.crop_padding):
+        raise ValueError(
+            "resized_crop needs image_size and replaces crop_padding, got image_size "
+            f"{config.image_size}, crop_padding {config.crop_padding}; set --image_size 224 --crop_padding 0"
+        )
     for name in ("train_images", "watch_images", "epochs", "batch_size", "accumulate", *at_least_one):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -124,7 +134,9 @@ def open_data(config: ClassifierConfig, recipe: str, data_set: str = "CIFAR-10")
             f"{download if data_set == 'CIFAR-10' else ''}name the folder with --data PATH or the environment variable "
             "PYACCEL_DATA; or choose the packaged digits: --preset desk --data digits"
         )
-    train, test = open_images(config.data, "train"), open_images(config.data, "test")
+    size = config.image_size
+    resize = size * 8 // 7 if size and config.resized_crop else None
+    train, test = (open_images(config.data, part, size=size, resize=resize) for part in ("train", "test"))
     if train.shape != test.shape or train.classes != test.classes:
         raise ValueError(f"{config.data}: training and test images differ in shape or classes")
     return chosen(train, config.train_images), test
@@ -228,7 +240,8 @@ def train_classifier(
     model.to(device)
     optimizer = sgd(config, model) if optimizer is None else optimizer
     scheduler = scheduler or torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones(epochs), 0.1)
-    augment = Augment(config.crop_padding, config.flip, config.mean, config.std)
+    part = (0.08, 1.0) if config.resized_crop else None
+    augment = Augment(config.crop_padding, config.flip, config.mean, config.std, part)
     watched = plain_batches(config, chosen(test, config.watch_images), spread=True)
 
     def progress(trainer: Trainer, row: dict) -> None:

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 import pyaccel.data
 from pyaccel.data import ImageFolder, ImageSet
-from pyaccel.data.images import decoding_threads, decode
+from pyaccel.data.decode import decode
+from pyaccel.data.images import decoding_threads
 
 
 @pytest.fixture
