@@ -29,6 +29,9 @@ RECIPES = {
     "hybrid_snn": Recipe(
         "pyaccel.recipes.hybrid_snn", "arXiv 2005.01807", "artificial networks converted to spiking ones, then tuned for few steps"
     ),
+    "net2net": Recipe(
+        "pyaccel.recipes.net2net", "arXiv 2003.01204", "a network grown stage by stage on more and more images, and pruned on the way"
+    ),
     "prune_while_training": Recipe(
         "pyaccel.recipes.prune_while_training", "arXiv 2003.02800", "filters pruned epoch by epoch, without retraining"
     ),
