@@ -11,6 +11,7 @@ from pyaccel.models.continual import ContinualNet, factor_parameters
 from pyaccel.models.resnet import ResidualNet, ResNet
 from pyaccel.models.spiking import SpikingLayer, SpikingNetwork, SpikingVgg
 from pyaccel.models.spiking_resnet import SpikingBlock, SpikingResNet
+from pyaccel.models.torchvision_layout import load_torchvision
 from pyaccel.models.vgg import Vgg, VggNet
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "factor_parameters",
     "list_models",
     "load_official",
+    "load_torchvision",
 ]
 
 DESCRIPTIONS: dict[str, Vgg | ResNet | Cacl] = {**vgg.DESCRIPTIONS, **resnet.DESCRIPTIONS, **cacl.DESCRIPTIONS}
