@@ -26,6 +26,9 @@ class Recipe:
 
 
 RECIPES = {
+    "snn_robustness": Recipe(
+        "pyaccel.recipes.snn_robustness", "arXiv 2003.10399", "attacks on spiking networks over time steps and leak, with controls for masking"
+    ),
     "hybrid_snn": Recipe(
         "pyaccel.recipes.hybrid_snn", "arXiv 2005.01807", "artificial networks converted to spiking ones, then tuned for few steps"
     ),

@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,16 +133,18 @@ def convert(
         ann, steps=steps, leak=leak, gain=config.gain, seed=seed, mean_readout=mean_readout, **SURROGATES[surrogate]
     )
     snn.to(memory_format=torch.channels_last).eval()
-    if not file.exists():
+
+    def measured() -> dict[str, float]:
         images = plain_batches(replace(config, batch_size=config.balance_images), chosen(train, config.balance_images))
         stem = config.model.startswith("resnet") if config.balance_stem is None else config.balance_stem
         balanced = surgery.balance_thresholds(
             snn, list(images.epoch(0)), percentile=config.percentile, steps=config.balance_steps,
             layers=list(snn.neurons)[:3] if stem else None, chunk=max(1, AT_ONCE // config.balance_images),
         )  # fmt: skip
-        write_json(file, surgery.thresholds(balanced))
+        return surgery.thresholds(balanced)
+
     with torch.no_grad():
-        for name, value in json.loads(file.read_text()).items():
+        for name, value in read_or_make(file, measured).items():
             set_threshold(snn, snn.neurons[name], value)
     return snn
 
@@ -188,7 +192,14 @@ def accuracy_at(config: HybridConfig, snn: ConvertedNetwork, test: Images, at: t
     return (right.double() / total).tolist()
 
 
-def write_json(file: Path, content) -> None:
+def read_or_make(file: Path, make: Callable[[], Any]) -> Any:
+    """What `file` holds, or what `make` gives, which is then kept in it."""
+    if not file.exists():
+        write_json(file, make())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_json(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,351 @@
+"""Inherent adversarial robustness of spiking networks, arXiv 2003.10399: do few time steps and a leak help, and is it real?
+
+An artificial network, its conversion (SNN-Conv: no leak, many steps), a tuned spiking network (SNN-BP: leak, few steps)
+and, where asked for, one trained with BNTT are attacked by FGSM and PGD with gradients crafted from each: white-box, and
+black-box from networks of another seed. Sweeps tune SNN-BP for other numbers of steps and leaks. Every figure stands beside
+its controls: noise of equal size, other surrogates, expectation over the encoder's noise, transfer from the artificial
+network, and the worst case of all of them, image by image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pyaccel import attacks, models, spiking_attacks
+from pyaccel.data import Batch
+from pyaccel.data.source import PACKAGED
+from pyaccel.recipes import plots
+from pyaccel.recipes.classifier import (
+    Images, Normalised, check_choices, chosen, device_of, open_data, plain_batches, say, sgd, train_classifier,
+)  # fmt: skip
+from pyaccel.recipes.environment import environment
+from pyaccel.recipes.folder import open_run, resume_from
+from pyaccel.recipes.hybrid_training import (
+    MLP, HybridConfig, build_ann, check_hybrid, convert, drops, read_or_make, scaled, spiking_logits, train_ann, tune,
+)  # fmt: skip
+from pyaccel.recipes.report import Report, write
+from pyaccel.recipes.snn_robustness_report import describe, results
+from pyaccel.spiking_attacks import SpikingTarget, with_surrogate
+from pyaccel.training import seed_everything
+
+__all__ = ["Config", "describe", "preset", "run"]
+
+NETWORKS = ("ann", "conv", "bp", "bntt")
+SURROGATES = ("atan", "rectangle", "sigmoid", "fast_sigmoid")
+OTHER = 1_000  # black-box sources are trained from seed + OTHER
+FREE = ("seeds", "device")
+
+
+@dataclass(frozen=True)
+class Config(HybridConfig):
+    """Everything a run depends on.
+
+    Args:
+        networks: targets, of "ann", "conv", "bp", "bntt".
+        sources: whose gradients black-box attacks take, of the same; trained from another seed.
+        steps: time steps of SNN-BP.
+        conv_steps: of SNN-Conv, which has no leak and thresholds at scale 1.
+        bntt_steps: of the BNTT network, trained from scratch with `lr` for `epochs`.
+        eps: radii, pixels in 0..1.
+        step: of PGD, pixels in 0..1.
+        pgd_steps: steps of PGD.
+        attack_images: test images that are attacked.
+        surrogates: of the control, in place of the one that SNN-BP was tuned with.
+        draws: of the encoder's noise, averaged for each step in the control.
+        sweep_steps: numbers of steps that SNN-BP is tuned for, without leak, for the sweep; none: no sweep.
+        sweep_leaks: leaks that SNN-BP is tuned with, at `sweep_at` steps; none: no sweep.
+        sweep_at: see there.
+        sweep_eps: radius of the sweeps (FGSM).
+        agree_steps: after how many steps SNN-Conv's gradient is compared with the artificial network's.
+        images_at_once: images of a spiking network attacked together; None: the batch. Only memory depends on it.
+        steps_at_once: steps that gradients hold in memory; None: all. Only memory depends on it.
+    """
+
+    model: str = "vgg5_robust"
+    leak: float = 0.99
+    networks: tuple[str, ...] = ("ann", "conv", "bp")
+    sources: tuple[str, ...] = ("ann", "conv", "bp")
+    steps: int = 175
+    conv_steps: int = 2000
+    bntt_steps: int = 25
+    eps: tuple[float, ...] = (8 / 255,)
+    step: float = 2 / 255
+    pgd_steps: int = 7
+    attack_images: int | None = None
+    surrogates: tuple[str, ...] = SURROGATES
+    draws: int = 5
+    sweep_steps: tuple[int, ...] = (25, 50, 100, 175)
+    sweep_leaks: tuple[float, ...] = (1.0, 0.99, 0.95, 0.9)
+    sweep_at: int = 100
+    sweep_eps: float = 8 / 255
+    agree_steps: tuple[int, ...] = (25, 100, 500, 2000)
+    images_at_once: int | None = None
+    steps_at_once: int | None = 175
+
+
+PAPER = Config()
+DESK = replace(
+    PAPER, preset="desk", train_images=6_000, watch_images=300, test_images=300, width=0.125, dropout=(0.0, 0.1), epochs=8,
+    lr=3e-2, balance_images=64, balance_steps=150, tune_epochs=2, tune_lr=1e-3, tune_weight_decay=0.0, tune_images=2_000, steps=20,
+    conv_steps=100, bntt_steps=8, eps=(4 / 255,), step=1 / 255, attack_images=200, surrogates=("atan", "rectangle"),
+    draws=3, sweep_steps=(10, 40), sweep_leaks=(1.0, 0.7), sweep_at=20, sweep_eps=4 / 255, agree_steps=(10, 30, 100),
+)  # fmt: skip
+DESK_DIGITS = replace(
+    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, epochs=8, tune_epochs=3, tune_images=None, eps=(0.1,),
+    step=0.025, sweep_eps=0.1,
+)  # fmt: skip
+SMOKE = replace(
+    DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, epochs=12, batch_size=32, lr=5e-2, watch_images=None,
+    test_images=None, balance_images=256, balance_steps=100, steps=10, conv_steps=60, tune_epochs=4, eps=(0.125,), step=0.03,
+    attack_images=120, networks=NETWORKS, sweep_steps=(5, 20), sweep_at=10, sweep_eps=0.125, agree_steps=(10, 60), seeds=(0, 1),
+)  # fmt: skip
+PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
+
+
+def preset(name: str, data: str | None = None) -> Config:
+    """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    if name == "desk" and (data or config.data or os.environ.get("PYACCEL_DATA")) in PACKAGED:
+        config = DESK_DIGITS
+    return replace(config, data=data or config.data)
+
+
+def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:
+    """Train, attack and sweep what `config` asks for, in folders of `out` that survive a kill, and write the report.
+
+    Errors: ValueError, FileNotFoundError for a configuration or data that cannot be run, before anything is written.
+    """
+    check(config)
+    train, test = open_data(config, "snn_robustness")
+    build_ann(config, train, 0)
+    out = open_run(out, asdict(config), resume=resume, free=FREE)
+    measured = {seed: read_or_make(out / f"attacks/seed-{seed}.json", lambda s=seed: measure(config, train, test, s, out, resume))
+                for seed in config.seeds}  # fmt: skip
+    report = Report("snn_robustness", config.preset, asdict(config), environment(device_of(config)), results(config, measured))
+    if plots.available():
+        from pyaccel.recipes.snn_robustness_plots import draw
+
+        draw(report, out)
+    else:
+        say('matplotlib is not installed, so the report has no plots; pip install "pyaccel[plot]"')
+    write(report, describe(report), out)
+    return report
+
+
+def check(config: Config) -> None:
+    """ValueError for fields that no later check would name."""
+    check_hybrid(config)
+    check_choices("networks", config.networks, NETWORKS)
+    check_choices("sources", config.sources, NETWORKS[:3])
+    check_choices("eps", config.eps)
+    if config.surrogates:
+        check_choices("surrogates", config.surrogates, SURROGATES)
+    for name in ("steps", "conv_steps", "bntt_steps", "pgd_steps", "sweep_at"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.draws < 2:
+        raise ValueError(f"draws must be at least 2: one draw is the attack itself, got {config.draws}")
+    if not all(e > 0 for e in (*config.eps, config.step, config.sweep_eps)):
+        raise ValueError(f"eps, step and sweep_eps must be positive, got {config.eps}, {config.step}, {config.sweep_eps}")
+    if "bp" not in config.networks and (config.sweep_steps or config.sweep_leaks):
+        raise ValueError("sweeps tune SNN-BP: take 'bp' into networks, or leave sweep_steps and sweep_leaks empty")
+
+
+@dataclass
+class Trained:
+    """The networks of one seed, made when first asked for."""
+
+    config: Config
+    train: Images
+    test: Images
+    seed: int
+    out: Path
+    resume: str
+
+    def __post_init__(self):
+        self.made: dict[str, nn.Module] = {}
+        self.folder = f"seed-{self.seed}"
+
+    def __getitem__(self, kind: str) -> nn.Module:
+        if kind not in self.made:
+            self.made[kind] = getattr(self, kind)().to(device_of(self.config)).eval()
+        return self.made[kind]
+
+    def ann(self) -> nn.Module:
+        return train_ann(self.config, self.train, self.test, self.seed, self.out, f"ann/{self.folder}", self.resume, FREE)[0]
+
+    def conv(self) -> nn.Module:
+        return self.converted(self.config.conv_steps, 1.0)
+
+    def bp(self) -> nn.Module:
+        return self.tuned(self.config.steps, self.config.leak)
+
+    def converted(self, steps: int, leak: float):
+        file = self.out / f"thresholds/{self.folder}.json"
+        return convert(self.config, self["ann"], self.train, self.seed, file, surrogate="linear", steps=steps, leak=leak, mean_readout=True)
+
+    def tuned(self, steps: int, leak: float) -> nn.Module:
+        snn = scaled(self.converted(steps, leak), self.config.scale)
+        if self.config.tune_epochs:
+            part = f"bp-T{steps}-leak{leak:g}/{self.folder}"
+            tune(self.config, snn, self.train, self.test, self.seed, self.out, part, self.resume, FREE)
+        return snn
+
+    def bntt(self) -> nn.Module:
+        config, train = self.config, self.train
+        seed_everything(self.seed)
+        options = dict(input_shape=train.shape, classes=len(train.classes), steps=config.bntt_steps, leak=0.95, norm="bntt",
+                       neuron="bntt", gain=config.gain, mean_readout=True, dropout=(0.0, 0.0), seed=self.seed)  # fmt: skip
+        if config.model == "mlp":
+            model: nn.Module = models.SpikingVgg(MLP.scaled(config.width), **options)
+        else:
+            model = models.build(config.model, spiking=True, width=config.width, **options)
+        model = model.to(device_of(config), memory_format=torch.channels_last)
+        optimizer, part = sgd(config, model), f"bntt/{self.folder}"
+        train_classifier(
+            model, train, self.test, config, seed=self.seed, out=self.out / part, resume=resume_from(self.out, part, self.resume),
+            name=part, free=FREE, of=spiking_logits, optimizer=optimizer,
+            scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, drops(config.epochs), 0.1),
+        )  # fmt: skip
+        return model
+
+
+Attack = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Bench:
+    """Attacked images and right answers, over the images that are attacked."""
+
+    config: Config
+    images: Images
+
+    def target(self, network: nn.Module, **options):
+        """What attacks differentiate: the network with its normalisation, fresh noise at each pass if it is spiking."""
+        if not hasattr(network, "encoder"):
+            return Normalised(network, self.config.mean, self.config.std).to(device_of(self.config)).eval()
+        bntt = isinstance(network, models.SpikingNetwork)
+        pieces = dict(images_at_once=self.config.images_at_once, steps_at_once=None if bntt else self.config.steps_at_once)
+        return SpikingTarget(network, self.config.mean, self.config.std, **pieces | options)
+
+    def fgsm(self, network: nn.Module, eps: float) -> Attack:
+        target = self.target(network)
+        module = spiking_attacks if isinstance(target, SpikingTarget) else attacks
+        return lambda x, y: module.fgsm(target, x, y, eps)
+
+    def pgd(self, network: nn.Module, eps: float, draws: int = 1) -> Attack:
+        target, steps = self.target(network), (eps, self.config.step, self.config.pgd_steps)
+        if isinstance(target, SpikingTarget):
+            return lambda x, y: spiking_attacks.pgd(target, x, y, *steps, samples=draws)
+        return lambda x, y: attacks.pgd(target, x, y, *steps)
+
+    def noise(self, eps: float) -> Attack:
+        """Random signs of the same size: what an attack must beat."""
+        generator = torch.Generator().manual_seed(1)
+        return lambda x, y: (x + eps * (2.0 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x.device)).clamp(0, 1)
+
+    def made(self, attack: Attack | None) -> list[Batch]:
+        device, found = device_of(self.config), []
+        for batch in plain_batches(self.config, self.images, normalise=False).epoch(0):
+            x, y = batch.images.to(device), batch.labels.to(device)
+            found.append(Batch(x if attack is None else attack(x, y), y, batch.sample_ids.to(device)))
+        return found
+
+    @torch.no_grad()
+    def right(self, network: nn.Module, batches: list[Batch]) -> Tensor:
+        """Which images the network gets right, bool `[N]`; a spiking one with the noise that no attacker saw."""
+        target = self.target(network)
+        if isinstance(target, SpikingTarget):
+            answers = [network(target._normalised(b.images), b.sample_ids).argmax(1) == b.labels for b in batches]
+        else:
+            answers = [target(b.images).argmax(1) == b.labels for b in batches]
+        return torch.cat(answers)
+
+
+def measure(config: Config, train: Images, test: Images, seed: int, out: Path, resume: str) -> dict[str, float]:
+    """Every figure of one seed by name: accuracies 0..1, cosines and agreements."""
+    own, other = (Trained(config, train, test, s, out, resume) for s in (seed, seed + OTHER))
+    bench = Bench(config, chosen(chosen(test, config.test_images), config.attack_images))
+    clean_images, found = bench.made(None), {}
+
+    def share(right: Tensor) -> float:
+        return float(right.double().mean())
+
+    for kind in config.networks:
+        found[f"{kind}/clean"] = share(bench.right(own[kind], clean_images))
+    for eps in config.eps:
+        noisy = bench.made(bench.noise(eps))
+        for kind in config.networks:
+            found[f"{kind}/noise/{eps:g}"] = share(bench.right(own[kind], noisy))
+            for name, attack in (("fgsm", bench.fgsm), ("pgd", bench.pgd)):
+                say(f"seed {seed}: {name} of {eps:g} on {kind}")
+                found[f"{kind}/white/{name}/{eps:g}"] = share(bench.right(own[kind], bench.made(attack(own[kind], eps))))
+        for source in config.sources:
+            for name, attack in (("fgsm", bench.fgsm), ("pgd", bench.pgd)):
+                images = bench.made(attack(other[source], eps))
+                for kind in config.networks:
+                    found[f"{kind}/black/{source}/{name}/{eps:g}"] = share(bench.right(own[kind], images))
+    for kind in (k for k in ("bp", "bntt") if k in config.networks):
+        found |= controls(config, bench, own, kind, max(config.eps))
+    found |= sweeps(config, bench, own)
+    found |= agreement(config, bench, own, clean_images)
+    return found
+
+
+def controls(config: Config, bench: Bench, own: Trained, kind: str, eps: float) -> dict[str, float]:
+    """PGD of radius `eps` on a spiking network by other ways, and an image right only if it withstands all of them."""
+    say(f"seed {own.seed}: controls of {kind}")
+    network = own[kind]
+    ways = {"tuned surrogate": bench.pgd(network, eps), f"{config.draws} draws": bench.pgd(network, eps, config.draws)}
+    ways |= {surrogate: bench.pgd(with_surrogate(network, surrogate), eps) for surrogate in config.surrogates}
+    ways |= {"transfer from the artificial network": bench.pgd(own["ann"], eps), "fgsm": bench.fgsm(network, eps)}
+    found, worst = {}, torch.ones(len(bench.images), dtype=torch.bool, device=device_of(config))
+    for name, attack in ways.items():
+        right = bench.right(network, bench.made(attack))
+        worst &= right
+        found[f"{kind}/control/{name}"] = float(right.double().mean())
+    return found | {f"{kind}/control/worst of all": float(worst.double().mean())}
+
+
+def sweeps(config: Config, bench: Bench, own: Trained) -> dict[str, float]:
+    """FGSM on networks tuned for other steps and leaks: white-box, and transferred from the artificial network."""
+    if not config.sweep_steps and not config.sweep_leaks:
+        return {}
+    found, eps = {}, config.sweep_eps
+    clean, moved = bench.made(None), bench.made(bench.fgsm(own["ann"], eps))
+    points = [(f"steps/{steps}", steps, 1.0) for steps in config.sweep_steps]
+    points += [(f"leak/{leak:g}", config.sweep_at, leak) for leak in config.sweep_leaks]
+    for name, steps, leak in points:
+        say(f"seed {own.seed}: sweep, {name}")
+        network = own.tuned(steps, leak).to(device_of(config)).eval()
+        cases = {"clean": clean, "transfer": moved, "white": bench.made(bench.fgsm(network, eps))}
+        found |= {f"sweep/{name}/{case}": float(bench.right(network, images).double().mean()) for case, images in cases.items()}
+    return found
+
+
+def agreement(config: Config, bench: Bench, own: Trained, batches: list[Batch]) -> dict[str, float]:
+    """How alike SNN-Conv's gradients and the artificial network's are, image by image (medians), after more steps."""
+    if not config.agree_steps or "conv" not in config.networks:
+        return {}
+    target, ann, found = bench.target(own["conv"]), bench.target(own["ann"]), {}
+    images, labels = batches[0].images, batches[0].labels
+    leaf = images.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(ann(leaf), labels), leaf)
+    for steps in config.agree_steps:
+        (first, second) = (replace(target, steps=steps, draw=d).loss_and_gradient(images, labels)[1].flatten(1) for d in (0, 1))
+        same = expected.flatten(1)
+        alive = (same.abs().amax(1) > 0) & (first.abs().amax(1) > 0) & (second.abs().amax(1) > 0)
+        if not alive.any():
+            continue
+        cosine = nn.functional.cosine_similarity
+        pairs = {"cosine": cosine(first, same), "sign": (first.sign() == same.sign()).double().mean(1), "draws": cosine(first, second)}
+        found |= {f"agreement/{steps}/{name}": float(values[alive].double().median()) for name, values in pairs.items()}
+    return found
