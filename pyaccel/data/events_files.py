@@ -112,7 +112,10 @@ def read_events_npz(file: Source, sensor: Sensor = None) -> Events:
         if not {"height", "width"} <= set(arrays.keys):
             raise ValueError(f"{file}: expected the keys height and width beside x, y, p, t, or sensor=(height, "
                              f"width); got {', '.join(arrays.keys)}")
-        sensor = int(arrays["height"]), int(arrays["width"])
+        sides = arrays["height"], arrays["width"]
+        if any(side.size != 1 or side.dtype.kind not in "iu" for side in sides):
+            raise ValueError(f"{file}: height and width must each be one integer, got {sides[0]!r} and {sides[1]!r}")
+        sensor = sides[0].item(), sides[1].item()
     return Events(*(arrays[key] for key in "xypt"), *sensor, str(file))
 
 

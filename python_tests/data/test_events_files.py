@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyaccel.data import read_aedat, read_dat, read_events, read_events_npz, read_nmnist, read_stmnist
 
@@ -109,6 +111,9 @@ def test_npz(file, tmp_path):
     assert found(read_events_npz(tmp_path / "b.npz", sensor=(34, 34))) == XYPT
     with pytest.raises(ValueError, match=r"b\.npz: expected the keys height and width beside x, y, p, t"):
         read_events(tmp_path / "b.npz")
+    np.savez(tmp_path / "b.npz", x=x, y=y, p=p, t=t, height=[34, 34], width=34)
+    with pytest.raises(ValueError, match=r"b\.npz: height and width must each be one integer, got array\(\[34, 34\]\)"):
+        read_events(tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", x=x, y=y, t=t, height=34, width=34)
     with pytest.raises(ValueError, match=r"c\.npz: expected the key p"):
         read_events(tmp_path / "c.npz")
@@ -189,3 +194,35 @@ def test_real_stmnist_agrees_with_scipy(real):
     columns = np.searchsorted(np.rint(matrix[-1] * 1e6), e.t)
     again[e.y.astype(int) * 10 + e.x, columns] = np.where(e.p, 1, -1)
     assert np.count_nonzero(again) == len(set(zip(e.x.tolist(), e.y.tolist(), columns.tolist(), strict=True)))
+
+
+rows_of = st.lists(st.tuples(st.integers(0, 33), st.integers(0, 33), st.integers(0, 1), st.integers(0, 2**23 - 1)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows_of)
+def test_what_is_written_is_read(tmp_path_factory, rows):
+    folder = tmp_path_factory.getbasetemp()
+    for suffix, encode in (("bin", nmnist_bytes), ("dat", dat_bytes), ("aedat", aedat_bytes)):
+        (folder / f"rows.{suffix}").write_bytes(encode(rows))
+        assert found(read_events(folder / f"rows.{suffix}")) == rows
+
+
+STARTS = {"bin": b"", "dat": b"% Width 64\n% Height 64\n\x0c\x08", "aedat": b"#!AER-DAT2.0\r\n", "npz": b"PK\x03\x04",
+          "mat": mat_bytes(np.eye(101, 3))}  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(STARTS)), st.binary(max_size=200), st.integers(0, 400), st.booleans())
+def test_any_bytes_are_events_or_a_value_error_that_names_the_file(tmp_path_factory, suffix, noise, place, cut):
+    """Noise behind a sound start, in the middle of it, or in place of its end."""
+    start = STARTS[suffix]
+    content = start[:place] + noise + (b"" if cut else start[place:])
+    path = tmp_path_factory.getbasetemp() / f"noise.{suffix}"
+    path.write_bytes(content)
+    try:
+        events = read_events(path)
+    except ValueError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert len(events.t) == len(events.x) == len(events)
