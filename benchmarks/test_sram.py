@@ -4,9 +4,11 @@ Two yardsticks: a copy of the same words (source and target just fit many L3 cac
 the Philox stream that a dense kernel cannot do without (one byte a bit), drawn and XORed together, never stored. The
 integer floor of that stream is derived in `philox_floor`.
 
-Peers, restated from their sources and doing the same work on the same words:
-    loop of davidstutz/random-bit-error-robustness @59d8533: one float32 random a bit, given; here by torch operations on
-        blocks, since its C code needs cffi (marked "torch form": slower than the loop in C)
+Peers, doing the same work on the same words. Their own code, where it is at hand (`sram_peers.py`):
+    the C loop of davidstutz/random-bit-error-robustness: one float32 random a bit, given, or drawn by torch as it does
+    MRFI: positions by rate, one random bit of each; it loses the flips that meet twice
+Restated from their sources:
+    the loop by torch operations on blocks (marked "torch form": slower than the loop in C)
     binomial count, positions, and a scatter of XORs (numpy), as MRFI-style selectors do
 """
 
@@ -17,6 +19,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from sram_peers import davidstutz_loop, mrfi
 from timing import measure
 
 from pyaccel import extension, ops, reference
@@ -87,6 +90,24 @@ def check(mode: str, p: float) -> None:
         assert torch.equal(got[piece], expected)
 
 
+def own_code(words: torch.Tensor, part: torch.Tensor) -> dict:
+    """The peers' own code, its answer checked first."""
+    found = {}
+    if (loop := davidstutz_loop()) is not None:
+        randoms = torch.rand(len(part), 8)
+        expected = davidstutz(part, randoms.T, 0.1)
+        assert torch.equal(loop(part, randoms, 0.1), expected)
+        found["peer: davidstutz's C loop, randoms given (1/16 of the words)"] = lambda: loop(part, randoms, 0.1)
+        found["peer: same, drawing its randoms (1/16)"] = lambda: loop(part, torch.rand(len(part), 8), 0.1)
+    if (flip := mrfi()) is not None:
+        for p in (1e-2, 1e-3):
+            changed = (flip(words, p) ^ words).view(torch.uint8)
+            flips = sum(int(((changed >> b) & 1).sum()) for b in range(8))
+            assert 0.95 < flips / (8 * len(words) * p) < 1.02  # 0.96 at 1e-2: a word that is drawn twice flips once
+            found[f"peer: MRFI, p = {p:g}"] = lambda p=p: flip(words, p)
+    return found
+
+
 def test_flip_bits(table, quick):
     words = torch.randint(-128, 128, (WORDS,), dtype=torch.int8)
     target = torch.empty_like(words)
@@ -108,6 +129,7 @@ def test_flip_bits(table, quick):
         "peer: same, drawing its randoms (1/16)": lambda: davidstutz(part, torch.rand(8, WORDS >> 4, out=randoms), 0.1),
         "peer: scattered XORs, p = 1e-2 (1/16)": lambda: scattered(part.numpy().view(np.uint8), 1e-2, generator),
     }
+    peers |= own_code(words, part)
     times = measure(jobs | peers, 3 if quick else 9, torch.device("cpu"))
     copy, stream = times["copy"], times["raw Philox"]
     cycles, how = philox_floor()

@@ -168,6 +168,9 @@ def test_foolbox_agrees(trained):
     oracle = foolbox.attacks.LinfFastGradientAttack(random_start=False)
     _, expected, _ = oracle(foolbox.PyTorchModel(trained, bounds=(0, 1)), x, y, epsilons=0.1)
     assert torch.allclose(attacks.fgsm(trained, x, y, 0.1), expected, atol=1e-6)
+    oracle = foolbox.attacks.LinfPGD(abs_stepsize=0.03, steps=5, random_start=False)
+    _, expected, _ = oracle(foolbox.PyTorchModel(trained, bounds=(0, 1)), x, y, epsilons=0.1)
+    assert torch.allclose(attacks.pgd(trained, x, y, 0.1, 0.03, 5, random_start=False), expected, atol=1e-6)
 
 
 # ---- parameters
@@ -239,6 +242,24 @@ def test_surgical_drives_to_chance_and_random_flips_do_not(trained):
     survived = [attacks.confidence(r.model, x, y)[0] for r in random]
     assert all(abs(r.total_flips - surgical.total_flips) < 6 * (bits * p) ** 0.5 for r in random)
     assert accuracy <= 0.3 and min(survived) > accuracy + 0.2
+
+
+def test_failing_high_bits_hurt_much_more_than_failing_low_ones(trained):
+    """At p = 1 % in the weights of all layers: the error of the codes grows sixteenfold, that of the logits with it."""
+    x, y = digits()
+    logits, accuracy = {}, {}
+    for n8t in (0, 4):
+        quiet = attacks.flip_parameters(trained, (x, y), SramConfig(8, n8t=n8t), rounds=0).model(x)
+        chips = [
+            attacks.flip_parameters(
+                trained, (x, y), SramConfig(8, n8t=n8t), attacker="voltage", budget=3, p=1e-2, seed=s
+            ).model
+            for s in range(5)
+        ]
+        logits[n8t] = sum(float((chip(x) - quiet).detach().square().mean()) for chip in chips) ** 0.5
+        accuracy[n8t] = sum(attacks.confidence(chip, x, y)[0] for chip in chips) / 5
+    assert logits[0] > 5 * logits[4]
+    assert accuracy[4] > 0.95 and accuracy[0] <= accuracy[4]
 
 
 def test_voltage_picks_the_most_harmful_banks(trained):

@@ -119,10 +119,10 @@ class Config(ClassifierConfig):
 
 PAPER = Config()
 DESK = replace(
-    PAPER, preset="desk", networks=("vgg5",), width=0.25, train_images=20_000, watch_images=1_000, epochs=6,
-    batch_size=100, lr=0.1, selection_images=400, calibration_images=500, test_images=600, n8t=(1, 2, 3),
+    PAPER, preset="desk", networks=("vgg5",), width=0.25, train_images=16_000, watch_images=1_000, epochs=6,
+    batch_size=100, lr=0.1, selection_images=400, calibration_images=500, test_images=500, n8t=(1, 2, 3),
     probabilities=(1e-2, 1e-1), neighbours=False, test_repeats=3, samples=10,
-    epsilons=(2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2), pgd_epsilons=(8 / 255,), pgd_images=300,
+    epsilons=(2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2), pgd_epsilons=(8 / 255,), pgd_images=200,
     sweep_p=(1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1), seeds=(0, 1),
 )  # fmt: skip
 DIGITS = dict(mean=None, std=None, crop_padding=0, flip=False, train_images=None, screening_eps=0.1)

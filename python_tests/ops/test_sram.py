@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyaccel import extension, ops, reference
+from pyaccel.hardware import SramConfig
 from pyaccel.reference import sram
 
 pytestmark = pytest.mark.skipif(extension._C is None, reason="needs the compiled module")
@@ -185,8 +186,6 @@ def test_statistics_over_a_million_words(mode):
 
 @pytest.mark.parametrize("mode", sram.MODES)
 def test_error_magnitude_over_a_million_uniform_words(mode):
-    from pyaccel.hardware import SramConfig
-
     codes = random_words(1 << 20, torch.uint8)
     for n8t, p in ((4, 0.01), (0, 0.05)):
         bank = SramConfig(8, n8t=n8t, p6=p)
@@ -194,6 +193,14 @@ def test_error_magnitude_over_a_million_uniform_words(mode):
         assert delta.abs().max() <= bank.bound
         assert float(delta.abs().mean()) == pytest.approx(bank.mean_error_lsb, rel=0.01)
         assert float(delta.square().mean().sqrt()) == pytest.approx(bank.rms_lsb, rel=0.01)
+
+
+def test_words_of_8t_cells_alone_never_fail():
+    codes = random_words(1 << 12, torch.uint8)
+    for mode in sram.MODES:
+        same(ops.flip_bits(codes, SramConfig(8, n8t=8, p6=0.5).probabilities, seed=2, mode=mode), codes)
+        low = ops.flip_bits(codes, SramConfig(8, n8t=4, p6=0.5).probabilities, seed=2, mode=mode)
+        assert (low.int() - codes.int()).abs().max() == 15 and not ((low ^ codes) >> 4).any()
 
 
 def test_dense_is_nested_and_sparse_is_not_promised_to_be():
