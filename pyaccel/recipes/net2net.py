@@ -86,7 +86,7 @@ class Config(ClassifierConfig):
 
 PAPER = Config(crop_padding=8)
 DESK = replace(
-    PAPER, preset="desk", train_images=4_000, watch_images=1_000, width=0.25, crop_padding=4, epochs=8, batch_size=64,
+    PAPER, preset="desk", train_images=3_000, watch_images=1_000, width=0.25, crop_padding=4, epochs=8, batch_size=64,
     lr=0.05, student_lr=0.4, attack_images=300,
 )  # fmt: skip
 DESK_DIGITS = replace(

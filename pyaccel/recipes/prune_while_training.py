@@ -76,7 +76,7 @@ class Config(ClassifierConfig):
 PAPER = Config()
 # Short runs stop pruning early: what remains needs epochs at a high learning rate to make up for it.
 DESK = replace(
-    PAPER, preset="desk", train_images=4_000, watch_images=1_000, width=0.25, epochs=8, last_epoch=3, rates=(0.5, 0.8),
+    PAPER, preset="desk", train_images=3_000, watch_images=1_000, width=0.25, epochs=8, last_epoch=3, rates=(0.5, 0.8),
     retrain_epochs=3, batch_size=64, lr=0.05,
 )  # fmt: skip
 DESK_DIGITS = replace(
