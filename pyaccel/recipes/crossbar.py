@@ -10,51 +10,38 @@ one that explains the only accuracies that are known of such chips.
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
-from pyaccel import attacks, models
 from pyaccel.data import Batch
 from pyaccel.data.source import PACKAGED
 from pyaccel.hardware import CrossbarConfig
 from pyaccel.hardware.crossbar import CALIBRATIONS, PADDINGS, ROW_ORDERS, SCHEMES
 from pyaccel.recipes import crossbar_plots, plots
 from pyaccel.recipes.bntt import is_cifar10
+from pyaccel.recipes.classifier import FREE as FREE_OF_ALL
 from pyaccel.recipes.classifier import (
     ClassifierConfig,
     Images,
-    Loss,
-    Normalised,
     check_choices,
     check_fields,
     chosen,
     device_of,
-    logits,
     open_data,
     plain_batches,
     say,
-    train_classifier,
 )
-from pyaccel.recipes.classifier import FREE as FREE_OF_ALL
 from pyaccel.recipes.crossbar_measure import Cells, Measured, fingerprint, measure, study
+from pyaccel.recipes.crossbar_networks import NETWORKS, build, normalises, train_network, wrapper
 from pyaccel.recipes.crossbar_report import describe, results
 from pyaccel.recipes.environment import environment
-from pyaccel.recipes.folder import open_run, resume_from
+from pyaccel.recipes.folder import open_run
 from pyaccel.recipes.report import Report, write
-from pyaccel.training import seed_everything
-from pyaccel.training.evaluate import evaluating
 from pyaccel.training.transfer import to_device
 
 __all__ = ["Config", "describe", "preset", "run"]
 
-NETWORKS = ("plain", "low_bit", "pixel", "adversarial")
 # Fields that change no training and no figure measured before: each figure is kept under all that it depends on.
 FREE = (*FREE_OF_ALL, "networks", "tiles", "r_min", "calibrations", "chips", "fgsm_eps", "pgd_eps", "defence_tile",
         "study_tiles")  # fmt: skip
@@ -171,7 +158,7 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
     measured: dict[tuple[str, int], Measured] = {}
     for seed in config.seeds:
         for network in config.networks:
-            trained = train_network(config, network, train, test, seed, out, resume)
+            trained = train_network(config, network, train, test, seed=seed, out=out, resume=resume, free=FREE)
             cells = Cells(out / "figures" / f"seed-{seed}" / network, fingerprint(trained))
             wrap = wrapper(config, network)
             again = [b.images for b in clean_batches(config, chosen(train, config.reestimate_images))]
@@ -226,10 +213,6 @@ def has_norms(config: Config, network: nn.Module) -> None:
         )
 
 
-def normalises(network: nn.Module) -> bool:
-    return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-
-
 # ---- chips
 
 
@@ -248,7 +231,7 @@ def chips_of(config: Config, network: str) -> dict[str, CrossbarConfig]:
     tiles = config.tiles if network == "plain" else (config.defence_tile,)
     r_min = config.r_min if network == "plain" else config.r_min[:1]
     return {
-        f"{tile}x{tile}/{r / 1e3:g}k/{calibration}": chip(config, tile, r, calibration)
+        chip_name(tile, r, calibration): chip(config, tile, r, calibration)
         for calibration in config.calibrations
         for r in r_min
         for tile in tiles
@@ -256,96 +239,14 @@ def chips_of(config: Config, network: str) -> dict[str, CrossbarConfig]:
 
 
 def study_chips(config: Config, network: nn.Module) -> dict[str, CrossbarConfig]:
+    """The chips without variation, of the first ON resistance, with every calibration that the network allows."""
     known = [c for c in CALIBRATIONS if c != "bn_reestimate" or normalises(network)]
-    return {f"{t}x{t}/{c}": chip(config, t, config.r_min[0], c, 0.0) for t in config.study_tiles for c in known}
+    r = config.r_min[0]
+    return {chip_name(t, r, c): chip(config, t, r, c, variation=0.0) for t in config.study_tiles for c in known}
 
 
-# ---- networks
-
-
-def build(config: Config, images: Images, seed: int) -> nn.Module:
-    """The network; its weights are drawn from `seed` alone, so the defences start where the plain network does."""
-    seed_everything(seed)
-    options = {} if config.norm is None else {"norm": config.norm}
-    network = models.build(
-        config.model, spiking=False, width=config.width, input_shape=images.shape, classes=len(images.classes), **options
-    )
-    return network.to(memory_format=torch.channels_last)
-
-
-class LowBits(nn.Module):
-    """A weight on 2^bits - 1 levels, symmetric around zero: step max|W| / (2^(bits - 1) - 1); straight-through."""
-
-    def __init__(self, bits: int):
-        super().__init__()
-        self.top = 2 ** (bits - 1) - 1
-
-    def forward(self, weight: Tensor) -> Tensor:
-        step = weight.detach().abs().amax() / self.top
-        levels = torch.round(weight.detach() / torch.where(step > 0, step, 1.0)).clamp(-self.top, self.top) * step
-        return weight + (levels - weight.detach())
-
-
-class LowBitPixels(nn.Module):
-    """x on 2^bits levels of [0, 1]; its gradient passes as if nothing were rounded (BPDA)."""
-
-    def __init__(self, bits: int):
-        super().__init__()
-        self.top = 2**bits - 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + (torch.round(x.detach() * self.top) / self.top - x.detach())
-
-
-def wrapper(config: Config, network: str) -> Callable[[nn.Module], nn.Module]:
-    """From a network to the function of pixels in [0, 1] that is attacked: input defence and normalisation included."""
-
-    def wrap(inner: nn.Module) -> nn.Module:
-        whole: nn.Module = Normalised(inner, config.mean, config.std)
-        if network == "pixel":
-            whole = nn.Sequential(LowBitPixels(config.defence_bits), whole)
-        return whole.to(device_of(config)).eval().requires_grad_(False)
-
-    return wrap
-
-
-def train_network(
-    config: Config, network: str, train: Images, test: Images, seed: int, out: Path, resume: str
-) -> nn.Module:
-    """The trained network, as it is deployed: plain layers, their weights quantised for "low_bit"."""
-    kind = "plain" if network == "pixel" else network
-    inner = build(config, train, seed)
-    if kind == "low_bit":
-        for module in list(inner.modules()):
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                parametrize.register_parametrization(module, "weight", LowBits(config.defence_bits))
-    # Trained on pixels in [0, 1] and normalised inside: adversarial training attacks pixels.
-    whole = Normalised(inner, config.mean, config.std)
-    part = f"{kind}/seed-{seed}"
-    train_classifier(
-        whole, train, test, replace(config, mean=None, std=None), seed=seed, name=kind, out=out / part, free=FREE,
-        resume=resume_from(out, part, resume), loss=adversarial_loss(config) if kind == "adversarial" else None,
-    )  # fmt: skip
-    for module in list(inner.modules()):
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    return inner.eval()
-
-
-def adversarial_loss(config: Config) -> Loss:
-    """Cross entropy of attacked images alone (Madry et al.): PGD on the network in evaluation mode, as it is now."""
-
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with evaluating(model):
-            images = attacks.pgd(
-                model, batch.images, batch.labels, config.adversarial_eps / 255, config.adversarial_step / 255,
-                config.adversarial_steps, seed=zlib.crc32(batch.sample_ids.cpu().numpy().tobytes()),
-            )  # fmt: skip
-        found = logits(model, batch._replace(images=images))
-        right = (found.argmax(1) == batch.labels).float().mean()
-        return F.cross_entropy(found, batch.labels), {"accuracy": right}
-
-    return loss
+def chip_name(tile: int, r_min: float, calibration: str) -> str:
+    return f"{tile}x{tile}/{r_min / 1e3:g}k/{calibration}"
 
 
 def clean_batches(config: Config, images: Images) -> list[Batch]:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,14 @@ from pyaccel.hardware import CrossbarConfig
 from pyaccel.hardware.mapping import gain
 from pyaccel.nn.analog import stream_of
 from pyaccel.surgery import analog_layers, reestimate_batchnorm, to_crossbars
+from pyaccel.training import distributed
 from pyaccel.training.durable import replace_text
 
 if TYPE_CHECKING:
     from pyaccel.recipes.crossbar import Config
 
 Wrap = Callable[[nn.Module], nn.Module]
+T = TypeVar("T")
 
 
 @dataclass
@@ -192,23 +194,36 @@ def measure(
     clean = [b.images for b in batches]
     attack_list = attacks_of(config)
     made = functools.cache(lambda attack: craft(software, attack, batches))
-    found = Measured()
-    found.software["clean"] = cells.get("software/clean", lambda: accuracy_on(software, clean, batches))
-    found.software["no_gradient"] = cells.get("software/no_gradient", lambda: without_gradient(software, batches))
-    for attack in attack_list:
-        found.software[attack.name] = cells.get(
-            f"software/{attack.name}", lambda attack=attack: accuracy_on(software, made(attack), batches)
-        )
-    for setup, crossbars in setups.items():
-        rows: dict[str, list[float]] = {}
-        of_chip = functools.lru_cache(2)(functools.partial(on_chip, network, wrap, crossbars, images=images))
-        for number in range(config.chips):
-            for name, value in _on_one_chip(
-                number, of_chip, network, wrap, crossbars, batches, images, attack_list, made, cells, setup
-            ):
-                rows.setdefault(name, []).append(value)
-        found.chips[setup] = rows
+
+    def of_software() -> dict[str, float]:
+        jobs = {"clean": lambda: accuracy_on(software, clean, batches),
+                "no_gradient": lambda: without_gradient(software, batches)}  # fmt: skip
+        jobs |= {a.name: lambda a=a: accuracy_on(software, made(a), batches) for a in attack_list}
+        return {name: cells.get(f"software/{name}", job) for name, job in jobs.items()}
+
+    mapped = {
+        setup: functools.lru_cache(2)(functools.partial(on_chip, network, wrap, crossbars, images=images))
+        for setup, crossbars in setups.items()
+    }
+
+    def of_chip(unit: tuple[str, int]) -> dict[str, float]:
+        setup, number = unit
+        return dict(_on_one_chip(number, mapped[setup], network, wrap, setups[setup], batches, images, attack_list, made,
+                                 cells, setup))  # fmt: skip
+
+    found = Measured(_shared(["software"], lambda _: of_software())["software"])
+    rows = _shared([(setup, number) for setup in setups for number in range(config.chips)], of_chip)
+    for (setup, _), figures in rows.items():
+        for name, value in figures.items():
+            found.chips.setdefault(setup, {}).setdefault(name, []).append(value)
     return found
+
+
+def _shared(units: Sequence[T], measure: Callable[[T], dict[str, float]]) -> dict[T, dict[str, float]]:
+    """The figures of every unit of work: several processes share the units, then read what the others have kept."""
+    mine = {unit: measure(unit) for unit in units[distributed.rank() :: distributed.world()]}
+    distributed.barrier()
+    return {unit: mine[unit] if unit in mine else measure(unit) for unit in units}
 
 
 def _on_one_chip(number, of_chip, network, wrap, crossbars, batches, images, attack_list, made, cells, setup):
@@ -248,22 +263,19 @@ def study(
     network: nn.Module,
     wrap: Wrap,
     setups: Mapping[str, CrossbarConfig],
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     images: Sequence[Tensor],
     cells: Cells,
 ) -> dict[str, dict[str, float]]:
     """Accuracy without attack on chips of every calibration, without variation; and in software, as "software"."""
-    batches = list(batches)
     pixels = [b.images for b in batches]
-    software = {"accuracy": cells.get("study/software", lambda: accuracy_on(wrap(copy.deepcopy(network)), pixels, batches))}
-    found = {"software": software}
 
-    def of(crossbars: CrossbarConfig) -> dict[str, float]:
-        whole = on_chip(network, wrap, crossbars, 0, images)
+    def of(setup: str) -> dict[str, float]:
+        if setup == "software":
+            return {"accuracy": accuracy_on(wrap(copy.deepcopy(network)), pixels, batches)}
+        whole = on_chip(network, wrap, setups[setup], 0, images)
         layers = list(gains(whole).values())
         slope, residue = (sum(column) / len(layers) for column in zip(*layers, strict=True))
         return {"accuracy": accuracy_on(whole, pixels, batches), "slope": slope, "residue": residue}
 
-    for setup, crossbars in setups.items():
-        found[setup] = cells.get(f"study/{setup}", lambda crossbars=crossbars: of(crossbars))
-    return found
+    return _shared(["software", *setups], lambda setup: cells.get(f"study/{setup}", lambda: of(setup)))

@@ -77,7 +77,7 @@ def calibrations(report: Report, path: str | os.PathLike) -> None:
     found = [r for r in report.results if r.name.startswith("study/") and r.name.endswith("/accuracy")]
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for result in found[1:]:
-        _, tile, calibration, _ = result.name.split("/")
+        _, tile, _, calibration, _ = result.name.split("/")
         lines.setdefault(calibration, []).append((int(tile.split("x")[0]), result.value, result.std or 0))
     with _figure(path, 1, (6.0, 3.6)) as (_, (axis,)):
         axis.axhline(found[0].value, color="#5F5F5F", linestyle=":", label="software")

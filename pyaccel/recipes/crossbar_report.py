@@ -18,7 +18,7 @@ NOT_AT_HAND = "only the paper's abstract was at hand, without figures"
 # Bhattacharjee et al., GLSVLSI 2023: VGG16, CIFAR-10, RRAM with parasitics; read in notes on its full text.
 ANCHOR_SOFTWARE = 88.62
 ANCHOR = {
-    ("64x64", "none"): 74.37, ("64x64", "bn_reestimate"): 86.31, ("128x128", "none"): 32.9, ("128x128", "bn_reestimate"): 83.03
+    "64x64/20k/none": 74.37, "64x64/20k/bn_reestimate": 86.31, "128x128/20k/none": 32.9, "128x128/20k/bn_reestimate": 83.03
 }  # fmt: skip
 ANCHOR_SOURCE = (
     "another paper of the group (GLSVLSI 2023), read in notes on its full text; whether its currents were rescaled "
@@ -95,7 +95,7 @@ def _study(runs: list[Measured], add, published: bool) -> None:
         if setup == "software":
             continue
         accuracy = [run.study[setup]["accuracy"] for run in runs]
-        anchor = ANCHOR.get(tuple(setup.split("/"))) if published else None
+        anchor = ANCHOR.get(setup) if published else None
         source = other if not published else ANCHOR_SOURCE if anchor else "no such figure is known"
         add(f"study/{setup}/accuracy", accuracy, "%", anchor, source)
         add(f"study/{setup}/lost", _minus(software, accuracy), "points")
@@ -250,7 +250,7 @@ def _defence_setup(report: Report, network: str) -> str | None:
 
 def _calibration(report: Report) -> Section:
     names = [r.name.removesuffix("/accuracy") for r in report.results if r.name.startswith("study/") and r.name.endswith("/accuracy")]
-    rows = [("tile, calibration", "accuracy, %", "lost, points", "slope", "residue", "published, %")]
+    rows = [("chip", "accuracy, %", "lost, points", "slope", "residue", "published, %")]
     for name in names:
         accuracy = report[f"{name}/accuracy"]
         known = "" if accuracy.published is None else f"{accuracy.published:.2f}"

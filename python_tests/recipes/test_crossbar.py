@@ -14,9 +14,21 @@ from torch.nn.utils import parametrize
 from pyaccel.data import Batch
 from pyaccel.hardware import CrossbarConfig
 from pyaccel.recipes import crossbar
+from pyaccel.recipes.classifier import Normalised
 from pyaccel.recipes.crossbar_measure import (
-    MODES, Cells, Measured, attacks_of, craft, fingerprint, gains, gaussian, measure, on_chip, without_gradient,
+    MODES,
+    Cells,
+    Measured,
+    attacks_of,
+    craft,
+    fingerprint,
+    gains,
+    gaussian,
+    measure,
+    on_chip,
+    without_gradient,
 )  # fmt: skip
+from pyaccel.recipes.crossbar_networks import LowBitPixels, LowBits, adversarial_loss, train_network, wrapper
 from pyaccel.recipes.crossbar_report import results
 from pyaccel.surgery import to_crossbars
 
@@ -36,14 +48,14 @@ def batches():
     return [Batch(torch.rand(12, 1, 8, 8), torch.arange(12) % 10, torch.arange(12)) for _ in range(2)]
 
 
-WRAP = crossbar.wrapper(CONFIG, "plain")
+WRAP = wrapper(CONFIG, "plain")
 
 
 # ------------------------------------------------------------------------------------------------ networks
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_low_bits_is_symmetric_and_straight_through(bits):
     torch.manual_seed(0)
-    weight, quantise = (2 * torch.rand(50, 40) - 1).requires_grad_(), crossbar.LowBits(bits)
+    weight, quantise = (2 * torch.rand(50, 40) - 1).requires_grad_(), LowBits(bits)
     out, top = quantise(weight), 2 ** (bits - 1) - 1
     codes = out.detach() / weight.detach().abs().max() * top
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
@@ -57,7 +69,7 @@ def test_low_bits_is_symmetric_and_straight_through(bits):
 
 def test_low_bit_pixels_pass_the_gradient():
     x = torch.linspace(0, 1, 101).requires_grad_()
-    out = crossbar.LowBitPixels(4)(x)
+    out = LowBitPixels(4)(x)
     assert out.detach().mul(15).round().unique().numel() == 16 and (out - x).abs().max() < 0.5 / 15 + 1e-6
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert (grad == 1).all()
@@ -65,16 +77,16 @@ def test_low_bit_pixels_pass_the_gradient():
 
 def test_adversarial_training_sees_attacked_images_and_repeats():
     config = replace(CONFIG, adversarial_eps=16.0, adversarial_step=8.0, adversarial_steps=3)
-    model, batch = crossbar.Normalised(network(), None, None).train(), batches()[0]
+    model, batch = Normalised(network(), None, None).train(), batches()[0]
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, inputs[0].detach().clone())))
-    loss, _ = crossbar.adversarial_loss(config)(model, batch)
+    loss, _ = adversarial_loss(config)(model, batch)
     assert [training for training, _ in seen] == [False] * 3 + [True] and model.training and model.model[1].training
     distance = (seen[-1][1] - batch.images).abs()
     assert 0.9 * 16 / 255 < distance.max() <= 16 / 255 + 1e-6
     plain = nn.functional.cross_entropy(copy.deepcopy(model).eval()(batch.images), batch.labels)
     assert loss > plain
-    again, _ = crossbar.adversarial_loss(config)(crossbar.Normalised(network(), None, None).train(), batch)
+    again, _ = adversarial_loss(config)(Normalised(network(), None, None).train(), batch)
     assert torch.equal(again, loss)
 
 
@@ -183,7 +195,7 @@ def measured(config, calibration="none"):
     chip = {name: [0.8] for name in ("clean", "gaussian", "no_gradient", "slope", "residue")}
     chip |= {f"{mode}/{a.name}": [0.6] for mode in MODES for a in attacks_of(config)}
     study = {"software": {"accuracy": 0.9}}
-    study |= {f"{t}x{t}/{c}": {"accuracy": 0.7, "slope": 0.4, "residue": 0.1} for t in (32, 64) for c in ("none", "layer_gain")}
+    study |= {f"{t}x{t}/20k/{c}": {"accuracy": 0.7, "slope": 0.4, "residue": 0.1} for t in (32, 64) for c in ("none", "layer_gain")}
     return Measured({"clean": 0.9, "no_gradient": 0.0, **attacked}, {f"64x64/20k/{calibration}": chip}, study)
 
 
@@ -192,13 +204,13 @@ def test_the_anchor_stands_only_beside_its_own_experiment():
     for published in (False, True):
         found = {r.name: r for r in results(config, {("plain", 0): measured(config)}, published)}
         known = {name: r.published for name, r in found.items() if r.published is not None}
-        assert known == ({"study/software/accuracy": 88.62, "study/64x64/none/accuracy": 74.37} if published else {})
+        assert known == ({"study/software/accuracy": 88.62, "study/64x64/20k/none/accuracy": 74.37} if published else {})
         assert all(r.published_source for r in found.values())
     assert found["plain/64x64/20k/none/SH/fgsm-0.1/loss"].value == pytest.approx(20)
     assert found["plain/64x64/20k/none/SH/fgsm-0.1/minus_SW"].value == pytest.approx(10)
     assert found["plain/64x64/20k/none/clean_loss"].value == pytest.approx(10)
     assert found["plain/software/SW/fgsm-0.1/loss"].value == pytest.approx(40)
-    assert found["study/64x64/none/lost"].value == pytest.approx(20)
+    assert found["study/64x64/20k/none/lost"].value == pytest.approx(20)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +262,9 @@ def test_deployed_low_bit_weights_are_on_their_levels_and_map(tmp_path):
 
     config = replace(CONFIG, epochs=1)
     train, test = open_data(config, "crossbar")
-    trained = crossbar.train_network(config, "low_bit", train, test, 0, tmp_path, "auto")
+    trained = train_network(
+        config, "low_bit", train, test, seed=0, out=tmp_path, resume="auto", free=crossbar.FREE
+    )
     layers = [m for m in trained.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(layers) == 8 and not any(parametrize.is_parametrized(m) for m in layers)
     for layer in layers:
