@@ -6,8 +6,9 @@ from .evaluate import accuracy
 from .log import RunLog
 from .loop import History, Trainer
 from .seeds import capture_rng, deterministic, restore_rng, seed_everything
+from .source_free import TwoHeads, learning_rate_factor, target_weight
 from .weights import load_weights, save_weights
 
-__all__ = ["Checkpoint", "CheckpointError", "History", "RunLog", "Trainer", "accuracy", "best_checkpoint",
-           "capture_rng", "deterministic", "list_checkpoints", "load_checkpoint", "load_weights", "restore",
-           "restore_rng", "save_checkpoint", "save_weights", "seed_everything"]
+__all__ = ["Checkpoint", "CheckpointError", "History", "RunLog", "Trainer", "TwoHeads", "accuracy", "best_checkpoint",
+           "capture_rng", "deterministic", "learning_rate_factor", "list_checkpoints", "load_checkpoint", "load_weights",
+           "restore", "restore_rng", "save_checkpoint", "save_weights", "seed_everything", "target_weight"]
