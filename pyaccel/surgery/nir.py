@@ -14,16 +14,18 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyaccel.models.dropout import HeldDropout
 from pyaccel.models.spiking import SpikingLayer, SpikingNetwork
 from pyaccel.models.spiking_resnet import SpikingBlock
 from pyaccel.nn import BNTTLIF, LIF, STDBLIF, PoissonEncoder, SpikeAvgPool2d
+from pyaccel.surgery.converted import ConstantCurrent, ConvertedNetwork, DropoutScale, EveryStep, Sum
 
 DT = 1e-4  # seconds; snnTorch and SpikingJelly take no other step unless told
 READOUTS = ("integrate", "steps")
-IDENTITIES = (HeldDropout, nn.Dropout, nn.Dropout2d, nn.Identity)  # in evaluation, which a graph describes
+# In evaluation, which a graph describes.
+IDENTITIES = (HeldDropout, DropoutScale, nn.Dropout, nn.Dropout2d, nn.Identity)
 
 
 def require_nir() -> ModuleType:
@@ -46,9 +48,9 @@ def to_nir(
 ):
     """The `nir.NIRGraph` of a spiking network in evaluation; write it with `nir.write(path, graph)`.
 
-    Written are a `SpikingNetwork`, or an `nn.Sequential` over `[T, B, ...]`, of convolutions and linear layers, `LIF`
-    and `IF`, average pooling, `nn.Flatten`; dropout is left out. What a graph cannot say is an error that tells what to
-    do, never left out: see the arguments.
+    Written are a `SpikingNetwork`, what `to_spiking` made with neuron="prompt", or an `nn.Sequential` over
+    `[T, B, ...]`, of convolutions and linear layers, `LIF` and `IF`, average pooling, `nn.Flatten`; dropout is left out.
+    What a graph cannot say is an error that tells what to do, never left out: see the arguments.
 
     Args:
         input_shape: of one step of one sample, (C, H, W) or (features,).
@@ -59,7 +61,7 @@ def to_nir(
             read it.
         fold_batchnorm: fold a BatchNorm that all steps share into the layer before it: the same but for rounding.
         spikes_in: the graph starts behind the Poisson encoder, which NIR cannot say; its input is the encoder's spikes.
-        readout: of a `SpikingNetwork`: "integrate": the graph's output adds up (NIR's I) and is the logits after the
+        readout: of a whole network: "integrate": the graph's output adds up (NIR's I) and is the logits after the
             last of `model.steps` steps; "steps": it is the read-out of each step alone, for tools without I; the sum or
             mean over time is then the caller's.
 
@@ -73,15 +75,15 @@ def to_nir(
         raise ValueError(f"to_nir: dt must be positive, got {dt}")
     if readout not in READOUTS:
         raise ValueError(f"to_nir: readout must be one of {', '.join(READOUTS)}, got {readout!r}")
-    if not isinstance(model, (nn.Sequential, SpikingNetwork)):
-        raise ValueError(f"to_nir: expected a SpikingNetwork or an nn.Sequential, got {type(model).__name__}; put the "
+    if not isinstance(model, (nn.Sequential, SpikingNetwork, ConvertedNetwork)):
+        raise ValueError(f"to_nir: expected a spiking network or an nn.Sequential, got {type(model).__name__}; put the "
                          "layers of another network in order in an nn.Sequential")
     writer.start(tuple(input_shape))
     with torch.no_grad():
-        if isinstance(model, SpikingNetwork):
-            writer.network(model, spikes_in, readout)
-        else:
+        if isinstance(model, nn.Sequential):
             writer.sequence("", model)
+        else:
+            writer.network(model, spikes_in, readout)
     return writer.graph()
 
 
@@ -108,10 +110,19 @@ class _Writer:
         self.edges += [(end, name) for end in self.ends]
         self.ends = [name]
 
-    def network(self, model: SpikingNetwork, spikes_in: bool, readout: str) -> None:
+    def network(self, model: SpikingNetwork | ConvertedNetwork, spikes_in: bool, readout: str) -> None:
         if isinstance(model.encoder, PoissonEncoder) and not spikes_in:
             raise ValueError("to_nir: encoder: NIR has no random encoder; pass spikes_in=True for the graph of what "
                              "follows it, which reads its spikes, or build the network with input='events'")
+        if isinstance(model, ConvertedNetwork):
+            self.converted(model.body)
+        else:
+            self.layers(model)
+        if readout == "integrate":
+            scale = 1 / (model.steps * self.dt) if model.mean_readout else 1 / self.dt
+            self.add("logits", self.nir.I(np.full(self.shape, scale)))
+
+    def layers(self, model: SpikingNetwork) -> None:
         self.sequence("features.", model.features)
         if len(self.shape) > 1:
             before = model.flat(torch.zeros(1, 1, *self.shape)).shape[2]
@@ -120,9 +131,46 @@ class _Writer:
             self.flatten("flatten")
         self.sequence("classifier.", model.classifier)
         self.synapse("readout", model.readout)
-        if readout == "integrate":
-            scale = 1 / (model.steps * self.dt) if model.mean_readout else 1 / self.dt
-            self.add("logits", self.nir.I(np.full(self.shape, scale)))
+
+    def converted(self, body: fx.GraphModule) -> None:
+        """Node by node of the graph that `to_spiking` wrote; `at`: where each ends, and its shape."""
+        at: dict[fx.Node, tuple[list[str], tuple[int, ...]]] = {}
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                at[node] = self.ends, self.shape
+                continue
+            self.ends, self.shape = at[node.all_input_nodes[0]]
+            if node.op == "call_method" and node.target == "flatten":
+                self.flatten(node.name)
+            elif node.op == "call_method" and node.target == "mean":  # over pixels
+                self.pool(f"{node.name}.mean", self.shape[1:])
+                if not node.kwargs["keepdim"]:
+                    self.flatten(node.name)
+            elif node.op == "call_module":
+                self.converted_module(node, body.get_submodule(node.target), at)
+            at[node] = self.ends, self.shape
+
+    def converted_module(self, node: fx.Node, module: nn.Module, at: dict) -> None:
+        layer = module.layer if isinstance(module, EveryStep) else module
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            self.synapse(node.target, layer)
+        elif isinstance(layer, ConstantCurrent):  # joins the layer before it
+            (before,) = self.ends
+            bias = _array(layer.bias / layer.unit.to(layer.bias.dtype))
+            written = self.nodes[before]
+            if isinstance(written, self.nir.Linear):
+                self.nodes[before] = self.nir.Affine(written.weight, bias)
+            else:
+                written.bias = written.bias + bias
+        elif isinstance(layer, Sum):
+            (ends, _), ratio = at[node.args[1]], float(layer.ratio)
+            if ratio != 1:
+                mine, self.ends = self.ends, ends
+                self.add(f"{node.target}.ratio", self.nir.Scale(np.full(self.shape, ratio)))
+                ends, self.ends = self.ends, mine
+            self.ends = self.ends + ends
+        else:
+            self.module(node.target, layer)
 
     def sequence(self, prefix: str, modules: nn.Sequential) -> None:
         for name, module in modules.named_children():

@@ -11,7 +11,7 @@ from torch import nn
 
 from pyaccel import models
 from pyaccel.nn import BNTTLIF, IF, LIF, STDBLIF, SpikeAvgPool2d, SpikeConv2d, SpikeLinear, every_step
-from pyaccel.surgery import from_nir, to_nir
+from pyaccel.surgery import from_nir, to_nir, to_spiking
 
 nir = pytest.importorskip("nir")
 
@@ -89,6 +89,38 @@ def test_a_network_that_reads_events_needs_no_word_for_an_encoder():
                          neuron="lif", reset="hard", input="events").eval()  # fmt: skip
     events = torch.randint(0, 4, (4, 2, 2, 16, 16)).float()
     torch.testing.assert_close(from_nir(to_nir(model, (2, 16, 16)))(events)[-1], model(events))
+
+
+@pytest.mark.parametrize("name", ["vgg5_hybrid", "resnet20", "vgg5"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_converted_network(name, biases):
+    torch.manual_seed(0)
+    options = dict(norm="batch" if biases else "none") | (dict(pool="average") if name == "vgg5" else {})
+    ann = models.build(name, spiking=False, classes=5, input_shape=(3, 16, 16), width=0.1, **options)
+    for module in ann.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    snn = to_spiking(ann.eval(), steps=8, neuron="prompt", fold_batchnorm=biases, keep_biases=biases).double()
+    for i, neuron in enumerate(snn.neurons.values()):
+        neuron.threshold.fill_(0.3 + 0.1 * i)
+    snn.update_units()
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    spikes = snn.encoder(images)
+    logits, expected = spikes_of(snn, images)
+    with pytest.raises(ValueError, match="NIR has no random encoder"):
+        to_nir(snn, (3, 16, 16), unroll_reset=True)
+    out, found = spikes_of(from_nir(to_nir(snn, (3, 16, 16), spikes_in=True, unroll_reset=True)), spikes)
+    assert len(found) == len(expected) > 1
+    for ours, theirs in zip(expected.values(), found.values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert sum(s.sum() for s in expected.values()) > 100
+    torch.testing.assert_close(out[-1], logits)
+
+
+def test_a_converted_network_with_the_paper_s_neuron_is_refused():
+    ann = models.build("vgg5_hybrid", spiking=False, classes=5, input_shape=(3, 16, 16), width=0.1)
+    with pytest.raises(ValueError, match="a delayed neuron fires on the membrane of the step before"):
+        to_nir(to_spiking(ann, steps=8), (3, 16, 16), spikes_in=True, unroll_reset=True)
 
 
 def test_parameters_of_a_channel():
@@ -178,7 +210,7 @@ REFUSED = {
     "flatten": (nn.Sequential(nn.Flatten()), {}, r"expected nn.Flatten\(2\) over"),
     "no flatten": (nn.Sequential(SpikeLinear(4, 3)), dict(input_shape=(2, 4, 4)), r"put nn\.Flatten\(2\) before it"),
     "leak beyond 1": (nn.Sequential(LIF(1.5, reset="hard")), {}, "leak must be above 0 and at most 1"),
-    "no container": (LIF(reset="hard"), {}, "expected a SpikingNetwork or an nn.Sequential, got LIF"),
+    "no container": (LIF(reset="hard"), {}, "expected a spiking network or an nn.Sequential, got LIF"),
     "dt": (nn.Sequential(LAYER), dict(dt=0.0), "dt must be positive"),
     "readout": (nn.Sequential(LAYER), dict(readout="sum"), "readout must be one of integrate, steps"),
 }  # fmt: skip
