@@ -8,6 +8,7 @@ accuracy, accuracy under attack with the controls that expose masked gradients, 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from pyaccel import hardware, models, surgery
 from pyaccel.data.source import PACKAGED
 from pyaccel.nn import packed_state
+from pyaccel.ops.quantizers import WEIGHT_QUANTIZERS
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
     ClassifierConfig,
@@ -38,12 +40,12 @@ from pyaccel.recipes.classifier import (
 )
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
-from pyaccel.recipes.quanos_ans import RULES, assign_bits, equal_memory, noise_sensitivity, weight_layers
+from pyaccel.recipes.quanos_ans import RATIOS, RULES, assign_bits, equal_memory, noise_sensitivity, weight_layers
 from pyaccel.recipes.quanos_attacks import accuracy_on, adversarial_loss, craft, fgsm, noise, pgd, unclipped
 from pyaccel.recipes.quanos_plots import draw
 from pyaccel.recipes.quanos_report import describe, results
 from pyaccel.recipes.report import Report, write
-from pyaccel.training import seed_everything
+from pyaccel.training import distributed, seed_everything
 from pyaccel.training.evaluate import accuracy
 
 __all__ = ["Config", "describe", "preset", "run"]
@@ -104,6 +106,11 @@ class Config(ClassifierConfig):
     train_eps: float = 8.0
     train_steps: int = 7
     alpha: float = 0.1
+
+    @property
+    def assignments(self) -> list[int]:
+        """Finished epochs after which widths are assigned."""
+        return [number * self.initial_epochs for number in range(1, self.rounds + 1)]
 
 
 PAPER = Config(seeds=(0, 1, 2))
@@ -177,9 +184,15 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} must be positive, in 1/255, got {list(getattr(config, name))}")
     check_fields(config, at_least_one=("initial_epochs", "rounds", "ans_images", "pgd_steps", "attack_images", "train_steps"),
                  positive=("train_eps",))  # fmt: skip
+    check_choices("quantizer", (config.quantizer,), WEIGHT_QUANTIZERS)
+    check_choices("ans_ratio", (config.ans_ratio,), RATIOS)
+    if config.io_bits is not None and not 1 <= config.io_bits <= 16:
+        raise ValueError(f"io_bits must be in 1..16, or null for widths by the rule, got {config.io_bits}")
+    if config.quantizer == "signed_zero" and 1 in (config.least_bits, config.io_bits):
+        raise ValueError("signed_zero needs 2 bits: one bit would leave only zero; raise least_bits and io_bits")
     if not 1 <= config.least_bits <= config.initial_bits <= 16:
         raise ValueError(f"expected 1 <= least_bits <= initial_bits <= 16, got {config.least_bits} and {config.initial_bits}")
-    if config.rounds * config.initial_epochs >= config.epochs:
+    if config.assignments[-1] >= config.epochs:
         raise ValueError(f"{config.rounds} x initial_epochs {config.initial_epochs} leaves nothing of {config.epochs} epochs to "
                          "train with the widths; give more epochs, or fewer before them")  # fmt: skip
     if config.mean is not None or config.std is not None:
@@ -235,12 +248,12 @@ class Start:
             bits = self._bits(kind, rule, ans_in(rows[-1], self.config.ans_eps[0]), bits, last=number == rounds)
             following = build(self.config, self.train_images, self.seed, bits).to(device_of(self.config))
             known = following.state_dict().keys()
-            following.load_state_dict({key: value for key, value in model.state_dict().items() if key in known}, strict=False)
+            following.load_state_dict({key: value for key, value in model.state_dict().items() if key in known})
             # Momentum and learning rate go on: the widths change, nothing else.
             ongoing = sgd(self.config, following)
-            ongoing.load_state_dict(optimizer.state_dict())
-            done = number * self.config.initial_epochs
-            until = self.config.epochs if number == rounds else done + self.config.initial_epochs
+            ongoing.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # or both would write to the same buffers
+            done = self.config.assignments[number - 1]
+            until = self.config.epochs if number == rounds else self.config.assignments[number]
             folder = network if number == rounds else f"{network}/round-{number}"
             loss = None if defence is None else adversarial_loss(
                 defence, self.config.train_eps * PIXEL, self.config.train_steps)  # fmt: skip
@@ -269,7 +282,8 @@ class Start:
         drops = [epoch - done for epoch in milestones(config.epochs) if epoch > done]
 
         def note(trainer, row: dict) -> None:
-            for eps in config.ans_eps if trainer.epoch == trainer.epochs else config.ans_eps[:1]:
+            whole = done + trainer.epoch in (*config.assignments, config.epochs)
+            for eps in config.ans_eps if whole else config.ans_eps[:1]:
                 found = noise_sensitivity(model, *self.probe, eps * PIXEL, ratio=config.ans_ratio, batch_size=config.batch_size)
                 row.update((f"ans_{eps:g}/{layer}", value) for layer, value in found.items())
 
@@ -326,7 +340,7 @@ class Victims:
                 found[f"unclipped_{eps:g}"] = accuracy_on(model, moved, self.batches)
                 found[f"transfer_{eps:g}"] = accuracy_on(model, self.transfer[eps], self.batches)
             found[f"noise_{eps:g}"] = self._after(noise(eps * PIXEL, self.seed), model)
-        every = accuracy(model, plain_batches(config, self.test), device=device_of(config))["accuracy"]
+        every = accuracy(model, plain_batches(config, self.test, spread=True), device=device_of(config))["accuracy"]
         return Measurement(
             every, found, hardware.layer_costs(model, self.batches[0][0][:1]), trained.bits,
             {eps: [ans_in(row, eps) for row in trained.rows] for eps in config.ans_eps},
@@ -348,6 +362,8 @@ def deploy(trained: Trained, folder: Path) -> None:
     """`packed.safetensors`: the network with its weights packed; its widths in the file's metadata, under "bits"."""
     from safetensors.torch import save_file
 
+    if distributed.rank() != 0:
+        return
     state = {name: value.contiguous().cpu() for name, value in packed_state(trained.model).items()}
     temporary = folder / "packed.safetensors.tmp"
     save_file(state, temporary, metadata={"bits": json.dumps(trained.bits), "network": trained.name})

@@ -65,7 +65,7 @@ def _widths(add, network, runs, config) -> None:
 
 
 def _stability(add, network, runs, config, eps) -> None:
-    start = config.rounds * config.initial_epochs - 1
+    start = config.assignments[-1] - 1
     pairs = [(run.sensitivity[eps][start], run.sensitivity[eps][-1]) for run in runs]
     for layer in pairs[0][0]:
         add(f"{network}/ans_{eps:g}_at_assignment/{layer}", [first[layer] for first, _ in pairs], "1")
