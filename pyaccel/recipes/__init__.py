@@ -53,6 +53,9 @@ RECIPES = {
     "sram_noise": Recipe(
         "pyaccel.recipes.sram_noise", "arXiv 2011.13392", "bit errors of hybrid 8T-6T memory against adversarial attacks"
     ),
+    "source_free": Recipe(
+        "pyaccel.recipes.source_free", "arXiv 2007.01524", "domain adaptation to unlabelled images without the source's data"
+    ),
 }
 
 

@@ -47,7 +47,9 @@ class TwoHeadLoss(NamedTuple):
 
 
 class TwoHeads(nn.Module):
-    """The source classifier, frozen, and its trained copies; `forward` gives the logits of C_t, `[B, K]`.
+    """The source classifier, frozen, and its trained copies; `model(images)` gives the logits of C_t, `[B, K]`.
+
+    `model(images, learn=True)` gives the `TwoHeadLoss` of a batch, through `forward` so that DistributedDataParallel sees it.
 
     As in the published code, batch normalisations that are direct children of the features stay in evaluation mode while
     training, those inside blocks do not. `set_step(n)`, which `Trainer` calls, tells the schedule where it is.
@@ -85,8 +87,8 @@ class TwoHeads(nn.Module):
                 child.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.target_head(self.features(images))
+    def forward(self, images: Tensor, learn: bool = False) -> Tensor | TwoHeadLoss:
+        return self.loss(images) if learn else self.target_head(self.features(images))
 
     @torch.no_grad()
     def refresh(self, batches: Iterable[Any], *, clean: bool = False) -> None:
