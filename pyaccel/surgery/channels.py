@@ -130,7 +130,11 @@ class _Follower:
         self.modules = dict(model.named_modules())
         self.map = ChannelMap(graph)
         self.values = self.map.values
-        self.tied = _tied(model)
+        self.tied = {name: f"shares a parameter with {other}" for name, other in _tied(model).items()}
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                owner = str(node.target).rpartition(".")[0]
+                self.tied[owner] = f"has its {node.target} read past it (node {node.name!r} of the graph)"
 
     def follow(self) -> ChannelMap:
         for node in self.map.graph.nodes:
@@ -151,6 +155,8 @@ class _Follower:
         x = self._layout(node.args[0]) if node.args else None
         if len(node.args) != 1 or node.kwargs:
             return self._unknown(node, f"{name} ({type(module).__name__})")
+        if type(module) in (nn.Conv2d, nn.Linear) and "weight" not in module._parameters:
+            return self._unknown(node, f"{name} ({type(module).__name__} whose weight is computed)")
         if type(module) is nn.Conv2d:
             return self._convolution(name, module, x)
         if type(module) is nn.Linear:
@@ -226,7 +232,7 @@ class _Follower:
     def _written(self, name: str, size: int, reason: str | None = None) -> Space:
         space = self.map.writes.setdefault(name, Space(size))
         if reason or name in self.tied:
-            space.freeze(reason or f"{name} shares a parameter with {self.tied[name]}")
+            space.freeze(reason or f"{name} {self.tied[name]}")
         return space
 
     def _read(self, name: str, x: Layout | None, features: int, *, flat: bool) -> None:
@@ -263,7 +269,7 @@ class _Follower:
 
     def _check_tied(self, name: str, x: Layout) -> None:
         if name in self.tied:
-            x.freeze(f"{name} shares a parameter with {self.tied[name]}")
+            x.freeze(f"{name} {self.tied[name]}")
 
     # ------------------------------------------------------------------------------------------- several tensors, none
 

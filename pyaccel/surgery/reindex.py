@@ -104,7 +104,8 @@ def carried_optimizer(
 
     State of a parameter's shape (momentum, second moments) moves as the parameter did; other state is copied.
     beside: new parameters that `old` has not, each with the old one whose group it enters, without state.
-    ValueError for a parameter of the optimizer that `old` does not have: it would be trained no more.
+    ValueError for a parameter of the optimizer that `old` does not have (it would be trained no more), and for state that
+    cannot be moved because it has another shape than its parameter.
     """
     names = {id(p): name for name, p in old.named_parameters()}
     strangers = sum(id(p) not in names for group in optimizer.param_groups for p in group["params"])
@@ -114,9 +115,9 @@ def carried_optimizer(
             "trains this very model (after `shrink` or `widen`: the one that they returned)"
         )
     new_ones = dict(new.named_parameters())
-    added: dict[str, list[nn.Parameter]] = {}
+    added: dict[str, list[str]] = {}
     for name, neighbour in (beside or {}).items():
-        added.setdefault(neighbour, []).append(new_ones[name])
+        added.setdefault(neighbour, []).append(name)
     groups, state = [], {}
     by_name: dict[str, list[tuple[int, Tensor]]] = {}
     for name, dim, index in moves:
@@ -125,26 +126,32 @@ def carried_optimizer(
         parameters = []
         for p in group["params"]:
             name = names[id(p)]
-            parameters += [new_ones[name], *added.get(name, [])]
+            parameters += [(name, new_ones[name]), *((other, new_ones[other]) for other in added.get(name, []))]
             if p in optimizer.state:
+                where = f"{op}: the state of {type(optimizer).__name__} for {name}"
                 state[new_ones[name]] = {
-                    key: _moved(value, p, by_name.get(name, [])) for key, value in optimizer.state[p].items()
+                    key: _moved(value, p, by_name.get(name, []), f"{where}, {key},") for key, value in optimizer.state[p].items()
                 }
-        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": parameters})
+        named = group.get("param_names") is not None
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        groups.append({**settings, "params": parameters if named else [p for _, p in parameters]})
     known = inspect.signature(type(optimizer)).parameters
     made = type(optimizer)(groups, **{key: value for key, value in optimizer.defaults.items() if key in known})
     made.state.update(state)
     return made
 
 
-def _moved(value, parameter: Tensor, moves: list[tuple[int, Tensor]]):
-    if not isinstance(value, Tensor):
+def _moved(value, parameter: Tensor, moves: list[tuple[int, Tensor]], what: str):
+    if value is None or isinstance(value, (bool, int, float)):
         return value
-    value = value.clone()  # keeps the memory format
-    if value.shape == parameter.shape:
-        for dim, index in moves:
+    if isinstance(value, Tensor) and (value.shape == parameter.shape or value.dim() == 0 or not moves):
+        value = value.clone()  # keeps the memory format
+        for dim, index in moves if value.shape == parameter.shape else ():
             value = taken(value, dim, index)
-    return value
+        return value
+    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"{what} cannot follow the channels: expected the shape {list(parameter.shape)}, got {shape}; use SGD, "
+                     "Adam or another optimizer with such state, or make a new one")  # fmt: skip
 
 
 def zero(model: nn.Module, optimizer: torch.optim.Optimizer | None, dead: Places) -> None:

@@ -293,6 +293,63 @@ def test_what_cannot_be_pruned_is_named():
         prune_filters(Decides(), 0.5)
 
 
+class ReadsPast(nn.Module):
+    """Autoencoder-like: the weight of a layer is used once more, transposed, by the forward itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.head = nn.Conv2d(3, 4, 9), nn.Linear(4, 6), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.flatten(self.stem(x), 1)
+        return self.head(nn.functional.linear(self.first(x), self.first.weight.t()))
+
+
+def test_weights_that_are_read_past_their_layer_or_computed_are_left_whole():
+    with pytest.raises(ValueError, match="stem .*first has its first.weight read past it"):
+        prune_filters(ReadsPast(), 0.5)
+    computed = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(100, 2))
+    assert list(pruned_filters(prune_filters(computed.eval(), 0.5))) == ["2", "4"]
+
+
+def test_optimizers_with_names_and_groups_keep_them_and_odd_state_is_refused():
+    model = conv_net()
+    named = torch.optim.SGD([{"params": [(n, p) for n, p in model.named_parameters() if p.dim() > 1], "lr": 0.1},
+                             {"params": [(n, p) for n, p in model.named_parameters() if p.dim() == 1], "weight_decay": 0.0}],
+                            0.01, momentum=0.9, weight_decay=0.1)  # fmt: skip
+    train(model, named, 1)
+    smaller, carried = shrink(*prune_filters(model, 0.5, optimizer=named))
+    assert [g["param_names"] for g in carried.param_groups] == [g["param_names"] for g in named.param_groups]
+    assert [(g["lr"], g["weight_decay"]) for g in carried.param_groups] == [(0.1, 0.1), (0.01, 0.0)]
+    train(smaller, carried, 1)
+    factored = torch.optim.Adafactor(model.parameters(), 1e-2)
+    train(model, factored, 1)
+    masked, factored = prune_filters(model, 0.5, optimizer=factored)
+    with pytest.raises(ValueError, match="state of Adafactor for 0.weight, .* cannot follow the channels"):
+        shrink(masked, factored)
+
+
+def test_a_layer_that_is_used_twice_is_pruned_in_both_places():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.shared, self.norm = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            for _ in range(2):
+                x = torch.relu(self.norm(self.shared(x)))
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = live(Twice()).eval()
+    pruned = prune_filters(model, 0.5)
+    smaller = shrink(pruned)
+    assert smaller.shared.weight.shape[:2] == (3, 3) and len(smaller.stem.weight) == 3
+    torch.testing.assert_close(pruned(images()[0]), smaller(images()[0]), rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_arguments():
     model = conv_net()
     for options, message in (
