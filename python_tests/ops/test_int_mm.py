@@ -86,3 +86,25 @@ def test_sums_stay_exact_under_a_capped_library(cap):
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": cap, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("cap", ["DEFAULT", "AVX2", "AVX512_CORE"])
+def test_the_guard_never_trusts_a_capped_library_that_is_wrong(cap):
+    """What the guard says of the library, against the library itself on full-range products it has not seen."""
+    script = """
+import warnings
+import torch
+from pyaccel.ops import int_mm
+warnings.simplefilter("ignore")
+trusted, exact = int_mm.library_is_exact(torch.device("cpu")), True
+for seed in range(4):
+    torch.manual_seed(seed)
+    a, b = (torch.randint(-128, 128, (48, 640)).to(torch.int8) for _ in range(2))
+    a[::3], b[::2] = (127, -128)[seed % 2], (-128, 127)[seed // 2]
+    exact &= torch.equal(torch._int_mm(a, b.T).double(), a.double() @ b.double().T)
+assert exact or not trusted, "wrong sums passed the guard"
+print(trusted, exact)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if cap == "DEFAULT" else {"ONEDNN_MAX_CPU_ISA": cap})
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
