@@ -115,8 +115,8 @@ class Config(ClassifierConfig):
 
 PAPER = Config(seeds=(0, 1, 2))
 DESK = replace(
-    PAPER, preset="desk", model="vgg11", width=0.25, train_images=4_000, watch_images=1_000, epochs=6, batch_size=64,
-    initial_epochs=1, pgd_steps=7, attack_images=200, seeds=(0, 1),
+    PAPER, preset="desk", model="vgg11", width=0.1875, train_images=4_000, watch_images=500, epochs=6, batch_size=64,
+    initial_epochs=1, pgd_steps=7, attack_images=150, seeds=(0, 1),
     networks=("float32", "bits8", "inverse", "proportional", "iso_inverse", "bits8+fgsm", "inverse+fgsm"),
 )  # fmt: skip
 DESK_DIGITS = replace(DESK, model="vgg5", train_images=None, crop_padding=0, flip=False)
