@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 
 #include "../core/tensor.h"
 #include "kernels_cpu.h"
@@ -280,13 +281,27 @@ uint8_t* bits_of(const Call& call, const Tensor& t, const Sequence& s) {
   return static_cast<uint8_t*>(contiguous(call.op, "bits", required(call.op, "bits", t, Dtype::u8, call.current), {s.steps, (s.neurons + 7) / 8}).data);
 }
 
-void stdb_forward(const Tensor& current, const Tensor& membrane, const Tensor& since, double leak, double threshold, const Tensor& spikes,
-                  const Tensor& membrane_out, const Tensor& since_out, const Tensor& bits) {
+// A number of an STDB neuron: given as it is, or as a 0-d float64 tensor. What lies on the CPU is read and checked here; a
+// GPU is not waited for.
+Scalar scalar_of(const Call& call, const char* name, const Tensor& t, double value, bool positive) {
+  if (!t) return {value};
+  const auto* data = static_cast<const double*>(contiguous(call.op, name, required(call.op, name, t, Dtype::f64, call.current), {}).data);
+  if (t.on_cuda()) return {value, data};
+  if (!std::isfinite(*data) || (positive && *data <= 0))
+    throw py::value_error(std::string(call.op) + ": " + name + " must be a finite number" + (positive ? " above 0" : "") + ", got " + std::string(py::repr(py::float_(*data))));
+  return {*data};
+}
+
+// [leak, threshold, alpha, beta, form]
+using StdbOptions = std::array<double, 5>;
+
+void stdb_forward(const Tensor& current, const Tensor& membrane, const Tensor& since, const Tensor& leak, const Tensor& threshold,
+                  const StdbOptions& options, const Tensor& spikes, const Tensor& membrane_out, const Tensor& since_out, const Tensor& bits) {
   const Call call("stdb_lif", current);
   StdbForward f;
   f.sequence = sequence_of(call, {}, {});
-  f.leak = leak;
-  f.threshold = threshold;
+  f.leak = scalar_of(call, "leak", leak, options[0], false);
+  f.threshold = scalar_of(call, "threshold", threshold, options[1], true);
   f.current = current.data;
   f.membrane = call.step("membrane", membrane);
   f.since = counts(call, "since", since);
@@ -300,16 +315,16 @@ void stdb_forward(const Tensor& current, const Tensor& membrane, const Tensor& s
 }
 
 // `like`: the gradient of the current, whose layout the others follow.
-void stdb_backward(const Tensor& grad_current, const Tensor& since, const Tensor& bits, double leak, double threshold, double alpha, double beta,
-                   int form, const Tensor& grad_spikes, const Tensor& grad_membrane, const Tensor& grad_membrane_in) {
+void stdb_backward(const Tensor& grad_current, const Tensor& since, const Tensor& bits, const Tensor& leak, const Tensor& threshold,
+                   const StdbOptions& options, const Tensor& grad_spikes, const Tensor& grad_membrane, const Tensor& grad_membrane_in) {
   const Call call("stdb_lif_backward", grad_current);
   StdbBackward f;
   f.sequence = sequence_of(call, {}, {});
-  f.leak = leak;
-  f.threshold = threshold;
-  f.alpha = alpha;
-  f.beta = beta;
-  f.form = static_cast<StdbForm>(form);
+  f.leak = scalar_of(call, "leak", leak, options[0], false);
+  f.threshold = scalar_of(call, "threshold", threshold, options[1], true);
+  f.alpha = options[2];
+  f.beta = options[3];
+  f.form = static_cast<StdbForm>(options[4]);
   f.since = counts(call, "since", since);
   f.bits = static_cast<const uint8_t*>(call.must("bits", bits_of(call, bits, f.sequence), bits));
   f.grad_spikes = call.sequence("grad_spikes", grad_spikes);
@@ -403,10 +418,10 @@ void bind(py::module_& m) {
         opt("grad_membrane"), py::arg("phase"), opt("sums"), py::arg("count"), opt("grad_current"), opt("grad_weight"),
         opt("grad_membrane_in"), opt("grad_leak"), opt("grad_threshold"), opt("scratch"));
   m.def("bntt_packs_in_place", &bntt_packs_in_place, py::arg("current"));
-  m.def("stdb_forward", &stdb_forward, py::arg("current"), opt("membrane"), opt("since"), py::arg("leak"), py::arg("threshold"),
-        py::arg("spikes"), py::arg("membrane_out"), py::arg("since_out"), opt("bits"));
-  m.def("stdb_backward", &stdb_backward, py::arg("grad_current"), opt("since"), py::arg("bits"), py::arg("leak"), py::arg("threshold"),
-        py::arg("alpha"), py::arg("beta"), py::arg("form"), opt("grad_spikes"), opt("grad_membrane"), opt("grad_membrane_in"));
+  m.def("stdb_forward", &stdb_forward, py::arg("current"), opt("membrane"), opt("since"), opt("leak"), opt("threshold"),
+        py::arg("options"), py::arg("spikes"), py::arg("membrane_out"), py::arg("since_out"), opt("bits"));
+  m.def("stdb_backward", &stdb_backward, py::arg("grad_current"), opt("since"), py::arg("bits"), opt("leak"), opt("threshold"),
+        py::arg("options"), opt("grad_spikes"), opt("grad_membrane"), opt("grad_membrane_in"));
   m.def("pack", &pack, py::arg("spikes"), py::arg("packed"), py::arg("planes"));
   m.def("unpack", &unpack, py::arg("packed"), py::arg("spikes"), py::arg("planes"));
   m.def("encode", &encode, py::arg("image"), opt("sample_ids"), py::arg("key"), py::arg("gain"), py::arg("spikes"));

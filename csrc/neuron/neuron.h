@@ -21,6 +21,14 @@ struct Parameter {
   const void* per_channel = nullptr;
 };
 
+// One number, or (pointer set) where it lies in the memory of the device: a kernel then reads it, so that nobody waits
+// for the device and a captured graph sees what is written there later.
+struct Scalar {
+  double value = 1;
+  const double* data = nullptr;
+  PYACCEL_HD double get() const { return data != nullptr ? *data : value; }
+};
+
 struct Neuron {
   Parameter leak, threshold;
   Reset reset = Reset::soft;
@@ -149,7 +157,7 @@ enum class StdbForm : int32_t { exact, fp32_underflow };
 
 struct StdbForward {
   Sequence sequence;
-  double leak = 1, threshold = 1;
+  Scalar leak, threshold;
   const void* current = nullptr;
   const void* membrane = nullptr;  // or null: zeros
   const int32_t* since = nullptr;  // [N], or null: 999
@@ -162,7 +170,8 @@ struct StdbForward {
 // delta[T-1] = grad_membrane;  delta[t-1] = g[t]*phi[t] + leak*delta[t];  gx = delta.
 struct StdbBackward {
   Sequence sequence;
-  double leak = 1, threshold = 1, alpha = 0.3, beta = 0.01;
+  Scalar leak, threshold;
+  double alpha = 0.3, beta = 0.01;
   StdbForm form = StdbForm::exact;
   const int32_t* since = nullptr;  // before the first step, or null: 999
   const uint8_t* bits = nullptr;

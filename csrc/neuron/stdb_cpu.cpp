@@ -43,6 +43,7 @@ void forward(const StdbForward& f) {
   const int64_t row = f.sequence.neurons, T = f.sequence.steps, bytes_a_row = (row + 7) / 8;
   Neuron options;
   options.delay = true;
+  const S leak = static_cast<S>(f.leak.get()), threshold = static_cast<S>(f.threshold.get());
   const int64_t blocks = (row + kBlock - 1) / kBlock;
   const int threads = threads_for(2 * T * row * static_cast<int64_t>(sizeof(E)), blocks);
   parallel_shares(blocks, threads, [&](int64_t begin, int64_t end, int) {
@@ -60,7 +61,7 @@ void forward(const StdbForward& f) {
         std::memset(fired_now, 0, (static_cast<size_t>(count) + 7) / 8);
         over<S>(count, [&](auto v, int64_t j) PYACCEL_LAMBDA_INLINE {
           using V = decltype(v);
-          const Cell<V> cell = make_cell<S>(options, V{} + static_cast<S>(f.leak), V{} + static_cast<S>(f.threshold));
+          const Cell<V> cell = make_cell<S>(options, V{} + leak, V{} + threshold);
           const V u = load_as<V>(state + j);
           const auto fired = fires(cell, u);
           spikes_as<false>(s + j, fired);
@@ -86,7 +87,7 @@ struct TimeSlope {
   S denormal[16];  // exp(-since)^beta for 88..103, where float32 has lost digits
 
   explicit TimeSlope(const StdbBackward& f)
-      : height(static_cast<S>(f.alpha / f.threshold)), beta(static_cast<S>(f.beta)), underflows(f.form == StdbForm::fp32_underflow) {
+      : height(static_cast<S>(f.alpha / f.threshold.get())), beta(static_cast<S>(f.beta)), underflows(f.form == StdbForm::fp32_underflow) {
     for (int i = 0; i < 16; ++i) {
       // The exponential as float32 holds it: a few units of its smallest number, 2^-149.
       const double held = std::nearbyint(std::exp(-88.0 - i) * 0x1p149) * 0x1p-149;
@@ -116,7 +117,7 @@ void backward(const StdbBackward& f) {
   const int64_t row = f.sequence.neurons, T = f.sequence.steps, bytes_a_row = (row + 7) / 8;
   const int64_t segments = (T + kSegment - 1) / kSegment, blocks = (row + kBlock - 1) / kBlock;
   const TimeSlope<S> slope(f);
-  const S leak = static_cast<S>(f.leak);
+  const S leak = static_cast<S>(f.leak.get());
   const int threads = threads_for(2 * T * row * static_cast<int64_t>(sizeof(E)), blocks);
   parallel_shares(blocks, threads, [&](int64_t begin, int64_t end, int) {
     // starts[k]: `since` before segment k; held[t]: `since` at step t of the segment in hand.

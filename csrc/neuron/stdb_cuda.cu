@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kForwardThreads, 4) stdb_forward_kernel(const 
   const bool active = mine < row;
   const uint32_t n = active ? mine : 0;
   Neuron options;  // soft reset
-  options.leak.value = f.leak;
-  options.threshold.value = f.threshold;
+  options.leak.value = f.leak.get();
+  options.threshold.value = f.threshold.get();
   const auto cells = load_cells<S, V, Lanes::one_channel>(options, [](int) { return 0u; });
   S v[V];
   load_state(f.membrane, n, v);
@@ -62,16 +62,15 @@ __global__ void __launch_bounds__(kForwardThreads, 4) stdb_forward_kernel(const 
   store_state<Access::coherent>(f.since_out + n, output.since);
 }
 
-// phi / threshold for a number of steps since the last spike.
+// phi / alpha for a number of steps since the last spike.
 template <class S>
 struct TimeSlope {
-  S height, beta;
+  S beta;
   bool underflows;
   S denormal[16];  // exp(-since)^beta for 88..103, where float32 has lost digits
 
   explicit TimeSlope(const StdbBackward& b)
-      : height(static_cast<S>(b.alpha / b.threshold)),
-        beta(static_cast<S>(b.beta)),
+      : beta(static_cast<S>(b.beta)),
         underflows(b.form == StdbForm::fp32_underflow) {
     for (int i = 0; i < 16; ++i) {
       // The exponential as float32 holds it: a few units of its smallest number, 2^-149.
@@ -82,7 +81,7 @@ struct TimeSlope {
   PYACCEL_DEVICE S operator()(int32_t since) const {
     S phi = exp_of(Fused<S>(-(static_cast<S>(since) * beta))).value;
     if (underflows && since >= 88) phi = since >= 104 ? S(0) : denormal[since - 88];
-    return phi * height;
+    return phi;
   }
 };
 
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(kStdbThreads, 5)
   const BitReader<V> reader{b.bits + n / 8, index::packed_row(row), n % 8};
   const T* const g = b.grad_spikes == nullptr ? nullptr : static_cast<const T*>(b.grad_spikes) + n;
   T* const gx = static_cast<T*>(b.grad_current) + n;
-  const S leak = static_cast<S>(b.leak);
+  const S leak = static_cast<S>(b.leak.get()), height = static_cast<S>(b.alpha / b.threshold.get());
   S delta[V];
   load_state(b.grad_membrane, n, delta);
 #pragma unroll 1
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(kStdbThreads, 5)
           const unsigned earlier = word[k] & ((1u << i) - 1);
           const int32_t since = earlier != 0 ? i - (31 - __clz(static_cast<int>(earlier))) : i + before[k];
           out.lane[k] = from_state<T>(delta[k]);
-          delta[k] = fma(to_state(packs[j].lane[k]), slope(since), leak * delta[k]);
+          delta[k] = fma(to_state(packs[j].lane[k]), slope(since) * height, leak * delta[k]);
         }
         store(gx + index::at_step(first + i, row), out);
       }

@@ -192,7 +192,10 @@ void stdb_case() {
   fill_normal(state, 0.2, 0.5);
   fill_normal(gm, 0, 1);
   for (int64_t n = 0; n < row; ++n) since[n] = 1 + pick(120);
-  StdbForward f{q, 0.95, 0.8, x.data()};
+  // In memory of the device as often as not: kernels read them there.
+  const double leak = 0.95, threshold = 0.8;
+  const bool held = coin();
+  StdbForward f{q, {held ? 7 : leak, held ? &leak : nullptr}, {held ? 7 : threshold, held ? &threshold : nullptr}, x.data()};
   f.membrane = with_state ? state.data() : nullptr;
   f.since = with_since ? since.data() : nullptr;
   f.spikes = spikes.data();
@@ -209,8 +212,8 @@ void stdb_case() {
   neuron::cuda::stdb_backward(b, 0, nullptr);
 
   Options o;
-  o.neuron.leak.value = f.leak;
-  o.neuron.threshold.value = f.threshold;
+  o.neuron.leak.value = leak;
+  o.neuron.threshold.value = threshold;
   std::vector<bool> fired(static_cast<size_t>(steps * row));
   std::vector<T> want_spikes(fired.size());
   std::vector<S> want_out;
@@ -231,7 +234,7 @@ void stdb_case() {
       fired[i] = trace.fired[static_cast<size_t>(t)];
       want_spikes[i] = spike_of<T>(fired[i]);
       want_gx[i] = delta;
-      delta = gs[static_cast<size_t>(t)] * phi * 0.3 / 0.8 + static_cast<double>(static_cast<S>(f.leak)) * delta;
+      delta = gs[static_cast<size_t>(t)] * phi * 0.3 / 0.8 + static_cast<double>(static_cast<S>(leak)) * delta;
     }
     want_gm.push_back(delta);
     want_out.push_back(trace.last);

@@ -65,6 +65,11 @@ class _Neuron(nn.Module):
         return ", ".join(parts + (["stateful=True"] if self.stateful else []))
 
 
+def _shown(value: float | Tensor) -> str:
+    """A number for `repr`, or `meta` where a tensor has no value."""
+    return "meta" if isinstance(value, Tensor) and value.is_meta else f"{float(value):g}"
+
+
 def _parameter(value: float, learn: bool | int) -> float | nn.Parameter:
     """A constant, a learnable 0-d value (`learn=True`), or one learnable value for each of `learn` channels."""
     if not learn:
@@ -212,7 +217,6 @@ class STDBLIF(nn.Module):
         super().__init__()
         self.leak, self.alpha, self.beta, self.form, self.stateful = leak, alpha, beta, form, stateful
         self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float64))
-        self._threshold: tuple[Tensor | None, int, float] = (None, -1, threshold)
         self.state: tuple[Tensor, Tensor] | None = None
 
     def reset_state(self) -> None:
@@ -226,21 +230,11 @@ class STDBLIF(nn.Module):
     def forward(self, current: Tensor) -> Tensor:
         membrane, since = self.state or (None, None)
         spikes, membrane, since = ops.stdb_lif(
-            current, membrane, since, leak=self.leak, threshold=self._threshold_value(), alpha=self.alpha, beta=self.beta,
+            current, membrane, since, leak=self.leak, threshold=self.threshold, alpha=self.alpha, beta=self.beta,
             form=self.form,
         )  # fmt: skip
         self.state = (membrane, since) if self.stateful else None
         return spikes
 
-    def _threshold_value(self) -> float:
-        """The buffer as a number, read again only after it was written: reading it waits for a GPU."""
-        if self.threshold.is_inference():  # has no version
-            return float(self.threshold)
-        known, version, value = self._threshold
-        if known is not self.threshold or version != self.threshold._version:
-            value = float(self.threshold)
-            self._threshold = (self.threshold, self.threshold._version, value)
-        return value
-
     def extra_repr(self) -> str:
-        return f"leak={self.leak}, threshold={float(self.threshold):g}, alpha={self.alpha}, beta={self.beta}, form={self.form}"
+        return f"leak={self.leak}, threshold={_shown(self.threshold)}, alpha={self.alpha}, beta={self.beta}, form={self.form}"

@@ -76,7 +76,7 @@ def lif(
     if packed:
         return _packed(current, membrane, neuron)
     every = 0
-    if current.shape[0] > LONGEST_WITHOUT.get(current.device.type, 32) and torch.is_grad_enabled():
+    if current.size(0) > LONGEST_WITHOUT["cpu" if current.is_cpu else "cuda"] and torch.is_grad_enabled():
         tracked = (current, membrane, neuron[0], neuron[1])
         every = CHECKPOINT_EVERY if any(t is not None and t.requires_grad for t in tracked) else 0
     spikes, membrane, _ = _lif(current, membrane, *neuron, every)
@@ -94,7 +94,8 @@ def _outputs(current: Tensor, every: int) -> tuple[Tensor, Tensor, Tensor]:
     state = state_dtype(current.dtype)
     kept = (current.shape[0] - 1) // every if every and current.shape[0] else 0
     per_step = current[0].numel() if kept else 0
-    return torch.empty_like(current), options.step_like(current, state), current.new_empty((kept, per_step), dtype=state)
+    checkpoints = torch.empty_strided((kept, per_step), (per_step if kept else 1, 1), dtype=state, device=current.device)
+    return torch.empty_like(current), options.step_like(current, state), checkpoints
 
 
 def _kernel(current, membrane, leak_tensor, threshold_tensor, neuron, every):
@@ -123,7 +124,7 @@ def _fallback(current, membrane, leak_tensor, threshold_tensor, neuron, every):
 
 
 def _setup_context(ctx, inputs, output):
-    current, membrane, leak_tensor, threshold_tensor, ctx.neuron, ctx.every = inputs
+    current, membrane, leak_tensor, threshold_tensor, *ctx.options = inputs
     ctx.save_for_backward(current, membrane, leak_tensor, threshold_tensor, output[2])
     ctx.set_materialize_grads(False)
 
@@ -134,7 +135,7 @@ def _backward(ctx, grad_spikes, grad_membrane, _):
     if grad_spikes is None and grad_membrane is None:
         return nothing
     grads = _lif_backward(
-        grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, ctx.neuron, ctx.every,
+        grad_spikes, grad_membrane, current, membrane, checkpoints, leak_tensor, threshold_tensor, *ctx.options,
         [bool(n) for n in ctx.needs_input_grad[:4]],
     )  # fmt: skip
     wanted = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn as torch_nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pyaccel import nn, ops
 
@@ -314,7 +315,6 @@ class TestStdbLif:
         module.threshold = torch.tensor(0.75)
         assert torch.equal(module(X), ops.stdb_lif(X, threshold=0.75)[0])
 
-    @pytest.mark.xfail(strict=True, reason="a write through .data leaves the version as it was")
     def test_a_threshold_written_without_a_version_is_used(self):
         module = nn.STDBLIF(threshold=1.0)
         module(X)
@@ -354,11 +354,27 @@ class TestStdbLif:
         other.load_state_dict(module.state_dict())
         assert torch.equal(other(9 * X), module(9 * X)) and "threshold=4.26" in repr(other)
 
-    @pytest.mark.xfail(strict=True, reason="reading the threshold as a number depends on data, which breaks the graph")
-    def test_it_is_compiled_without_breaks(self):
+    def test_it_is_compiled_once_without_breaks_for_every_threshold(self):
         torch._dynamo.reset()
-        module = nn.STDBLIF(threshold=0.5)
-        assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(X), module(X))
+        module, counter = nn.STDBLIF(threshold=0.5), CompileCounterWithBackend("aot_eager")
+        compiled, seen = torch.compile(module, fullgraph=True, backend=counter), []
+        for write in (
+            lambda: None,
+            lambda: module.threshold.fill_(0.25),
+            lambda: module.threshold.data.fill_(0.75),
+            lambda: module.load_state_dict({"threshold": torch.tensor(0.125)}),
+        ):
+            write()
+            x = X.clone().requires_grad_()
+            spikes = compiled(x)
+            spikes.sum().backward()
+            y = X.clone().requires_grad_()
+            wanted = ops.stdb_lif(y, threshold=float(module.threshold))[0]
+            wanted.sum().backward()
+            assert torch.equal(spikes, wanted) and torch.equal(x.grad, y.grad)
+            seen.append((float(spikes.detach().mean()), counter.frame_count))
+        rates, graphs = zip(*seen, strict=True)
+        assert len(set(rates)) == 4 and len(set(graphs)) == 1
 
 
 @pytest.mark.parametrize("name", ["LIF", "IF"])
@@ -419,12 +435,7 @@ def test_state_dict_keys():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "LIF",
-        "IF",
-        "BNTTLIF",
-        pytest.param("STDBLIF", marks=pytest.mark.xfail(strict=True, reason="the threshold of a meta module is read")),
-    ],
+    MODULES,
 )
 def test_meta(name):
     module = make(name).to("meta")

@@ -55,7 +55,8 @@ def test_the_number_of_threads_changes_nothing(dtype):
 
 
 stdb, stdb_grad = (getattr(torch.ops.pyaccel, name).default for name in ("stdb_lif", "stdb_lif_backward"))
-NUMBERS = (0.9, 0.8, 0.3, 0.01)
+def numbers(form):
+    return None, None, [0.9, 0.8, 0.3, 0.01, float(form)]
 
 
 @pytest.mark.parametrize("T, step, dtype, layout", [
@@ -65,11 +66,39 @@ NUMBERS = (0.9, 0.8, 0.3, 0.01)
 def test_opcheck(T, step, dtype, layout):
     x, v = arrange(noise(0, T, *step).to(dtype), layout), noise(1, *step).to(state_dtype(dtype))
     since = torch.full(step, 5, dtype=torch.int32)
-    torch.library.opcheck(stdb, (leaf(x), leaf(v), since, *NUMBERS, 0))
-    torch.library.opcheck(stdb, (leaf(x), None, None, *NUMBERS, 1))
-    bits = stdb(x, v, since, *NUMBERS, 0)[3]
-    torch.library.opcheck(stdb_grad, (x, v, since, bits, *NUMBERS, 0, list(x.stride()), True))
-    torch.library.opcheck(stdb_grad, (x, None, None, bits, *NUMBERS, 1, list(x.stride()), False))
+    torch.library.opcheck(stdb, (leaf(x), leaf(v), since, *numbers(0)))
+    torch.library.opcheck(stdb, (leaf(x), None, None, *numbers(1)))
+    bits = stdb(x, v, since, *numbers(0))[3]
+    torch.library.opcheck(stdb_grad, (x, v, since, bits, *numbers(0), list(x.stride()), True))
+    torch.library.opcheck(stdb_grad, (x, None, None, bits, *numbers(1), list(x.stride()), False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("held", [torch.float64, torch.float32, torch.bfloat16])
+def test_leak_and_threshold_from_tensors_are_the_numbers(dtype, held):
+    leak, threshold = torch.tensor(0.9, dtype=held), torch.tensor(0.8, dtype=held)
+    x, grad, found = noise(0, 80, 3, 41).to(dtype), noise(1, 80, 3, 41).to(dtype), []
+    for given in (dict(leak=leak, threshold=threshold), dict(leak=float(leak), threshold=float(threshold))):
+        current = leaf(x)
+        spikes, after, since = ops.stdb_lif(current, **given)
+        spikes.backward(grad)
+        found.append((spikes.detach(), after.detach(), since, current.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[0][0].any()
+
+
+def test_opcheck_with_tensors_for_leak_and_threshold():
+    given = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64), [1.0, 1.0, 0.3, 0.01, 0.0]
+    x = noise(0, 5, 2, 9).float()
+    torch.library.opcheck(stdb, (leaf(x), None, None, *given))
+    torch.library.opcheck(stdb_grad, (x, None, None, stdb(x, None, None, *given)[3], *given, list(x.stride()), False))
+
+
+def test_a_threshold_written_between_forward_and_backward_is_told():
+    threshold, x = torch.tensor(0.8, dtype=torch.float64), leaf(noise(0, 5, 9).float())
+    spikes = ops.stdb_lif(x, threshold=threshold)[0]
+    threshold.fill_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        spikes.sum().backward()
 
 
 def test_compiles_without_breaks_and_gives_the_same_bits():
@@ -151,7 +180,12 @@ INT = dict(dtype=torch.int32)
     (dict(since=torch.zeros(2, 3, device="meta", **INT)), ValueError, "stdb_lif: since is on meta, the other tensors on cpu"),
     (dict(since=5), TypeError, "stdb_lif: since must be a torch.Tensor, got a int"),
     (dict(leak=float("nan")), ValueError, "stdb_lif: leak must be a finite number, got nan"),
-    (dict(leak=torch.tensor(0.9)), TypeError, "stdb_lif: leak must be a number, got Tensor"),
+    (dict(leak=torch.tensor(1)), TypeError, "stdb_lif: leak must be float32, bfloat16, float16 or float64, got torch.int64"),
+    (dict(leak=torch.ones(3)), ValueError, "stdb_lif: leak must have shape [], got [3]"),
+    (dict(leak=torch.tensor(float("inf"))), ValueError, "stdb_lif: leak must be a finite number, got inf"),
+    (dict(threshold=torch.tensor(-0.5)), ValueError, "stdb_lif: threshold must be a finite number above 0, got -0.5"),
+    (dict(threshold=torch.ones((), device="meta")), ValueError, "stdb_lif: threshold is on meta, the other tensors on cpu"),
+    (dict(threshold=torch.ones((), requires_grad=True)), ValueError, "stdb_lif: threshold must not require grad"),
     (dict(threshold=0.0), ValueError, "stdb_lif: threshold must be a finite number above 0, got 0.0"),
     (dict(threshold="1"), TypeError, "stdb_lif: threshold must be a number, got str"),
     (dict(alpha=float("inf")), ValueError, "stdb_lif: alpha must be a finite number, got inf"),
@@ -213,6 +247,14 @@ with warnings.catch_warnings(record=True) as caught:
                     rtol = 1e-2 if name == "bf16" else 1e-5
                     if a.dtype != b.dtype or not torch.allclose(a.double(), b.double(), rtol=rtol, atol=1e-6):
                         problems.append(f"{name} {form} {k}")
+    held = dict(leak=torch.tensor(0.9), threshold=torch.tensor(0.8))
+    if not torch.equal(ops.stdb_lif(x, **held)[0], ops.stdb_lif(x, **{k: float(t) for k, t in held.items()})[0]):
+        problems.append("tensors")
+    try:
+        ops.stdb_lif(x, threshold=torch.zeros(()))
+        problems.append("threshold of zero")
+    except ValueError as error:
+        assert str(error) == "stdb_lif: threshold must be a finite number above 0, got 0.0"
     try:
         m = torch.ones(4, requires_grad=True)
         out = ops.stdb_lif(torch.zeros(0, 4), m)
