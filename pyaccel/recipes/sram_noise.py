@@ -130,7 +130,7 @@ DESK_DIGITS = replace(DESK, **DIGITS, epochs=4, batch_size=64, epsilons=(0.05, 0
 SMOKE = replace(
     DESK_DIGITS, preset="smoke", data="digits8", epochs=5, selection_images=200, calibration_images=200,
     width=0.125, test_images=None, n8t=(1, 4), probabilities=(1e-1,), repeats=3, test_repeats=2, samples=4,
-    pgd_images=60, pgd_steps=4, epsilons=(0.05, 0.1, 0.2), voltage_p=(0.1,), bank_n8t=(1,), surgical_rounds=(1,),
+    pgd_images=60, epsilons=(0.05, 0.1, 0.2), voltage_p=(0.1,), bank_n8t=(1,), surgical_rounds=(1,),
     surgical_budgets=(20,), progressive_rounds=3, attack_images=64, sweep_p=(1e-3, 1e-2, 1e-1), seeds=(0, 1, 2),
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}

@@ -39,7 +39,7 @@ def gains(report: Report, path: Path) -> None:
             keys = [[f"{name}/screen/{site}/n8t={n}/p={p:g}" for n, p in settings] for site in maps[name]]
             table = [[values[f"{key}/gain"] for key in row] for row in keys]
             fair = [abs(values[f"{key}/gain"]) for row in keys for key in row if values[f"{key}/cost"] <= tolerance]
-            reach = max(0.1, *fair)  # what costs too much need not be told apart
+            reach = max([0.1, *fair])  # what costs too much need not be told apart
             picture = axis.imshow(table, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
             for y, row in enumerate(keys):
                 for x, key in enumerate(row):

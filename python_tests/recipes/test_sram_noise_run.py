@@ -120,3 +120,55 @@ def test_measurements_may_change_in_a_folder_training_may_not(folder, capsys):
     assert "another configuration (lr was 0.1, is now 0.2)" in capsys.readouterr().err
     assert main([*arguments, "--tolerance", "1"]) == 0
     assert report.read(folder).config["tolerance"] == 1
+
+
+@pytest.mark.slow
+def test_processes_share_the_images_and_change_no_figure(tmp_path, run_python):
+    """Two processes measure given weights as one does: draws belong to images, wherever they are computed."""
+    pytest.importorskip("sklearn")
+    script = f"""
+import sys
+from dataclasses import replace
+import torch, torch.distributed as dist, torch.multiprocessing as mp
+from pyaccel.recipes import sram_noise
+from pyaccel.recipes.classifier import open_data
+from pyaccel.training.weights import save_weights
+
+FOLDER = {str(tmp_path)!r}
+CONFIG = replace(
+    sram_noise.preset("smoke"), seeds=(0,), epochs=2, n8t=(1,), repeats=2, test_repeats=1, progressive_rounds=1,
+    weights=(FOLDER + "/weights.safetensors",), selection_images=600,
+)
+
+def worker(rank, world, out):
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", store=dist.FileStore(FOLDER + "/store", world), rank=rank, world_size=world)
+    sram_noise.run(CONFIG, out=FOLDER + "/" + out)
+    if world > 1:
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    images = open_data(CONFIG, "sram_noise")[0]
+    model = sram_noise.build(CONFIG, 0, images, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pixels, labels = images.batch(torch.arange(256))
+    for _ in range(15):  # enough that gradients are not noise
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(pixels / 255), labels).backward()
+        optimizer.step()
+    save_weights(model.eval(), CONFIG.weights[0])
+    worker(0, 1, "one")
+    mp.spawn(worker, (2, "two"), nprocs=2)
+"""
+    file = tmp_path / "two.py"
+    file.write_text(script)
+    done = run_python(f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    one, two = (report.read(tmp_path / out).results for out in ("one", "two"))
+    assert [r.name for r in one] == [r.name for r in two]
+    for ours, theirs in zip(one, two, strict=True):
+        # 600 and 360 images: sums in another order may move one or two of them
+        assert theirs.value == pytest.approx(ours.value, abs=0.6), ours.name
+    cells = [set(lines(tmp_path / out / "vgg5/seed-0/cells.jsonl")) for out in ("one", "two")]
+    assert len(lines(tmp_path / "two/vgg5/seed-0/cells.jsonl")) == len(cells[1]) > 20
