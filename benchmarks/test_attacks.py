@@ -1,14 +1,14 @@
 """PGD-7 on the spiking VGG5 of 2003.10399 (T = 175, batch 8) beside an eager implementation of the same attack, and the
 memory of threshold balancing.
 
-Eager, restated from the official code (`python_tests/eager_attack.py`): a loop over `unbind(0)`, plain-torch neurons with the
-same surrogate, the same convolutions, dL/du_1 summed over time, one input-gradient convolution. Two columns: as published
-(every weight gets a gradient, which is thrown away), and with frozen weights, which is what the goal compares with. Both see
-the same Poisson draws as pyaccel.
+Eager, restated from the official code (`python_tests/eager_attack.py`): a loop over `unbind(0)`, plain-torch neurons
+with the same surrogate, the same convolutions, dL/du_1 summed over time, one input-gradient convolution. Two columns:
+as published (every weight gets a gradient, which is thrown away), and with frozen weights, which is what the goal
+compares with. Both see the same Poisson draws as pyaccel.
 
-A PGD step is one gradient, so `--quick` takes 2 steps in place of 7 and leaves the published column out; ratios are the same.
-Memory is what the operators of one gradient allocate beyond what lay there before: the peak of torch's CPU allocator in the
-profiler's record.
+A PGD step is one gradient, so `--quick` takes 2 steps in place of 7 and leaves the published column out; ratios are the
+same. Memory is what the operators of one gradient allocate beyond what lay there before: the peak of torch's CPU
+allocator in the profiler's record.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def test_pgd_on_a_spiking_network(table, quick):
         table.append({
             "what": f"{name}, PGD-{steps}", "s wall": median(t.wall for t in found), "s CPU": cpu[name],
             "times as fast (CPU)": cpu[base] / cpu[name], "peak memory, MB": memory[name] / 1e6,
-            "share of eager's memory": memory[name] / memory[base], "goal": "2x, 0.25" if name.startswith("pyaccel") else None,
+            "share of eager's memory": memory[name] / memory[base],
+            "goal": "2x, 0.25" if name.startswith("pyaccel") else None,
         })  # fmt: skip
     table.append({"what": f"spikes a neuron and step by layer: {', '.join(f'{r:.3f}' for r in rates)}"})
 
@@ -210,7 +211,9 @@ def test_balancing_memory(table, quick):
     most = {}
     for steps in (100, 200) if quick else (100, 1000):
         table_of = {}
-        most[steps] = peak(lambda steps=steps, out=table_of: out.update(found=surgery.balance_thresholds(snn, [images], steps=steps)))
+        most[steps] = peak(
+            lambda steps=steps, out=table_of: out.update(found=surgery.balance_thresholds(snn, [images], steps=steps))
+        )
         values = list(surgery.thresholds(table_of["found"]).values())
         assert len(values) == 15 and min(values) > 0
         table.append({

@@ -5,8 +5,8 @@ paper's gradient takes the encoder for the identity (its expectation: E[s] = gai
 
     dL/dx = gain * sum_t conv_transpose(dL/dI_1[t], W_1) = gain * conv_transpose(sum_t dL/dI_1[t], W_1)
 
-I_1[t]: the current of the first layer. So one input-gradient convolution suffices where autograd makes T of them, and no
-gradient of a weight is computed or prepared. FGSM and PGD are those of `pyaccel.attacks`.
+I_1[t]: the current of the first layer. So one input-gradient convolution suffices where autograd makes T of them, and
+no gradient of a weight is computed or prepared. FGSM and PGD are those of `pyaccel.attacks`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ DRAWS = 1 << 31  # streams from here on belong to attacks: evaluation draws from
 class SpikingTarget:
     """A spiking network as an attacker sees it: images with pixels in [0, 1] in, logits (mean over time) out.
 
-    Every call, and every gradient, draws new Poisson noise: the attacker knows the network, not the draw that it will be
-    judged by (`network(images)` in evaluation draws from a stream of its own).
+    Every call, and every gradient, draws new Poisson noise: the attacker knows the network, not the draw that it will
+    be judged by (`network(images)` in evaluation draws from a stream of its own).
 
     Args:
         network: in evaluation mode, with a Poisson encoder; BNTT networks too.
@@ -59,7 +59,9 @@ class SpikingTarget:
 
     def __post_init__(self):
         if not isinstance(getattr(self.network, "encoder", None), PoissonEncoder):
-            raise TypeError(f"SpikingTarget: expected a spiking network behind a Poisson encoder, got {type(self.network).__name__}")
+            raise TypeError(
+                f"SpikingTarget: expected a spiking network behind a Poisson encoder, got {type(self.network).__name__}"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("SpikingTarget: give mean and std, or neither")
         for name in ("steps", "images_at_once", "steps_at_once"):
@@ -82,7 +84,9 @@ class SpikingTarget:
         with self._drawing(), _frozen(self.network), torch.enable_grad():
             for part, ids in self._parts(self._normalised(x.detach())):
                 share = len(part) / len(x)
-                value, gradient = self._part_gradient(part, ids, lambda logits, ids=ids, s=share: s * loss(logits, y[ids]))
+                value, gradient = self._part_gradient(
+                    part, ids, lambda logits, ids=ids, s=share: s * loss(logits, y[ids])
+                )
                 total = total + value
                 gradients.append(gradient)
         gradient = torch.cat(gradients) if gradients else torch.zeros_like(x)
@@ -184,7 +188,9 @@ class _Source:
         """Gradient at the source, summed over time, and at `leaves`."""
         pairs = [(o, g) for o, g in zip(outputs, of_outputs, strict=True) if o.requires_grad]
         if not pairs:  # nothing reached the output
-            return torch.zeros_like(self.leaf if self.synapse is None else self.leaf[0]), [torch.zeros_like(m) for m in leaves]
+            return torch.zeros_like(self.leaf if self.synapse is None else self.leaf[0]), [
+                torch.zeros_like(m) for m in leaves
+            ]
         inputs = [self.leaf, *leaves]
         found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
         found = [torch.zeros_like(i) if f is None else f for i, f in zip(inputs, found, strict=True)]
@@ -233,7 +239,7 @@ def _membranes(network: nn.Module) -> list[Tensor | None]:
 
 
 def _set_states(network: nn.Module, states: list) -> list[Tensor]:
-    """Start from these states; returns their membranes, which gradients may now be asked of (none at the first step)."""
+    """Start from these states; returns their membranes, which gradients may now be asked of."""
     leaves = []
     for neuron, state in zip(_neurons(network), states, strict=True):
         if isinstance(neuron, STDBLIF):
@@ -274,8 +280,8 @@ def pgd(
 ) -> Tensor:
     """`attacks.pgd` with gradients crafted from a spiking network, `samples` Poisson draws averaged for each step.
 
-    The published attack takes one draw a step, eps 8/255, step 2/255, 7 steps, and a loss on the mean of the read-out over
-    time. `samples` > 1 is the expectation over the noise: the control for gradients that noise masks.
+    The published attack takes one draw a step, eps 8/255, step 2/255, 7 steps, and a loss on the mean of the read-out
+    over time. `samples` > 1 is the expectation over the noise: the control for gradients that noise masks.
     """
 
     def crafted(images: Tensor, classes: Tensor) -> Tensor:
@@ -288,12 +294,16 @@ def pgd(
     )  # fmt: skip
 
 
-def fgsm(target: SpikingTarget, x: Tensor, y: Tensor, eps: float, *, samples: int = 1, loss: Loss = F.cross_entropy) -> Tensor:
+def fgsm(
+    target: SpikingTarget, x: Tensor, y: Tensor, eps: float, *, samples: int = 1, loss: Loss = F.cross_entropy
+) -> Tensor:
     """x' = clip(x + eps * sign(dL/dx), 0, 1) with a gradient crafted from a spiking network; arguments as in `pgd`."""
     return pgd(target, x, y, eps, eps, 1, samples=samples, random_start=False, loss=loss)
 
 
-def with_surrogate(network: Network, surrogate: str, *, scale: float | None = None, width: float | None = None) -> Network:
+def with_surrogate(
+    network: Network, surrogate: str, *, scale: float | None = None, width: float | None = None
+) -> Network:
     """A copy of a spiking network with the same spikes, whose gradients take another surrogate (see `ops.lif`).
 
     A control: an attack that fails with the surrogate of training may succeed with another one. Neurons with the

@@ -32,7 +32,8 @@ def loop(layers: list[nn.Module], thresholds: list[float], leak: float, spikes: 
             if not isinstance(layer, (nn.Conv2d, nn.Linear)):
                 x = layer(x)
                 continue
-            current, threshold = F.conv2d(x, layer.weight, padding=layer.padding) if isinstance(layer, nn.Conv2d) else F.linear(
+            current, threshold = F.conv2d(x, layer.weight, padding=layer.padding) if isinstance(layer,
+            nn.Conv2d) else F.linear(
                 x, layer.weight
             ), thresholds[number]  # fmt: skip
             u = membranes.get(number)

@@ -1,4 +1,6 @@
-"""The exact checks of the two specifications (2005.01807 section 9, 2003.10399 section 8) on the operators, over seeds."""
+"""The exact checks of the two specifications (2005.01807 section 9, 2003.10399 section 8) on the operators, over
+seeds.
+"""
 
 import math
 
@@ -63,12 +65,16 @@ def test_a_constant_current_becomes_its_rate(neuron, threshold):
 @pytest.mark.parametrize("leak", [0.99, 0.95, 0.9, 0.7])
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_a_leaky_neuron_has_a_dead_zone(neuron, leak):
-    """Below V (1 - leak) it never fires; above, its first spike comes after ln(1 - V (1 - leak) / I) / ln(leak) steps."""
+    """Below V (1 - leak) it never fires; above, its first spike comes after ln(1 - V (1 - leak) / I) / ln(leak)
+    steps.
+    """
     V = 1.3
     edge = V * (1 - leak)
     dead = torch.tensor([0.1, 0.5, 0.9, 0.999], dtype=torch.float64) * edge
     assert NEURONS[neuron](dead.expand(3000, 4), leak=leak, threshold=V)[0].sum() == 0
-    assert (NEURONS[neuron](dead.expand(3000, 4), leak=1.0, threshold=V)[0].sum(0) > 0)[1:].all(), "the control: without leak"
+    assert (NEURONS[neuron](dead.expand(3000, 4), leak=1.0, threshold=V)[0].sum(0) > 0)[1:].all(), (
+        "the control: without leak"
+    )
     alive = torch.tensor([1.01, 1.3, 2.5], dtype=torch.float64) * edge
     spikes = NEURONS[neuron](alive.expand(3000, 3), leak=leak, threshold=V)[0]
     for n in range(3):

@@ -1,4 +1,6 @@
-"""Gradients crafted from spiking networks: equal to the published way and to straight-through autograd, at less memory."""
+"""Gradients crafted from spiking networks: equal to the published way and to straight-through autograd, at less
+memory.
+"""
 
 import sys
 from pathlib import Path
@@ -32,14 +34,23 @@ def build(kind: str, seed: int = 0, steps: int = 12, **options):
     torch.manual_seed(seed)
     shape = (3, 16, 16)
     if kind == "bntt":
-        network = lively(models.build("vgg5", classes=4, spiking=True, width=0.1, steps=steps, input_shape=shape, gain=1.0), seed)
+        network = lively(
+            models.build("vgg5", classes=4, spiking=True, width=0.1, steps=steps, input_shape=shape, gain=1.0), seed
+        )
     elif kind == "mlp":
-        network = lively(SpikingVgg(Vgg((), (12,), "a test"), input_shape=shape, classes=4, steps=steps, neuron="lif", gain=0.8), seed)
+        network = lively(
+            SpikingVgg(Vgg((), (12,), "a test"), input_shape=shape, classes=4, steps=steps, neuron="lif", gain=0.8),
+            seed,
+        )
     else:
         name = {"resnet": "resnet12"}.get(kind, "vgg5_robust")
         ann = lively(models.build(name, classes=4, spiking=False, width=0.1, input_shape=shape), seed)
         options = dict(threshold=0.4, leak=0.99, mean_readout=True) | options
-        network = surgery.to_spiking(ann, steps=steps, neuron="stdb" if kind == "stdb" else "delayed", **options).double().eval()
+        network = (
+            surgery.to_spiking(ann, steps=steps, neuron="stdb" if kind == "stdb" else "delayed", **options)
+            .double()
+            .eval()
+        )
     images = torch.rand(3, *shape, dtype=torch.float64)
     return network, images, torch.tensor([0, 3, 1])
 
@@ -70,7 +81,8 @@ def test_one_convolution_of_the_sum_is_autograd_through_every_step(kind, seed):
 
 
 @pytest.mark.parametrize("kind", ["vgg", "stdb", "resnet", "mlp"])
-@pytest.mark.parametrize("options", [dict(images_at_once=1), dict(images_at_once=2), dict(steps_at_once=5), dict(steps_at_once=1),
+@pytest.mark.parametrize("options", [dict(images_at_once=1), dict(images_at_once=2), dict(steps_at_once=5),
+dict(steps_at_once=1),
                                      dict(steps_at_once=4, images_at_once=2)], ids=str)  # fmt: skip
 def test_pieces_of_batch_and_time_change_nothing(kind, options):
     network, images, labels = build(kind, steps=14)
@@ -81,7 +93,9 @@ def test_pieces_of_batch_and_time_change_nothing(kind, options):
     torch.testing.assert_close(part, value)
     whole = SpikingTarget(network, MEAN, STD)(images)
     torch.testing.assert_close(SpikingTarget(network, MEAN, STD, **options)(images), whole)
-    assert all(n.membrane is None if hasattr(n, "membrane") else n.state is None for n in spiking_attacks._neurons(network))
+    assert all(
+        n.membrane is None if hasattr(n, "membrane") else n.state is None for n in spiking_attacks._neurons(network)
+    )
 
 
 def eager(network):
@@ -123,7 +137,8 @@ def test_plain_autograd_finds_exactly_nothing():
 def test_attacks_stay_in_their_ball_and_in_the_image(kind):
     network, images, labels = build(kind)
     target = SpikingTarget(network, MEAN, STD)
-    for made in (spiking_attacks.pgd(target, images, labels, 0.1, 0.04, 3), spiking_attacks.fgsm(target, images, labels, 0.1),
+    for made in (spiking_attacks.pgd(target, images, labels, 0.1, 0.04, 3), spiking_attacks.fgsm(target, images,
+    labels, 0.1),
                  spiking_attacks.pgd(target, images, labels, 0.1, 0.04, 2, samples=2)):  # fmt: skip
         assert (made - images).abs().max() <= 0.1 + 1e-12 and made.min() >= 0 and made.max() <= 1
         assert (made - images).abs().max() > 0.09
@@ -138,7 +153,9 @@ def test_one_large_step_is_fgsm_and_the_sign_knows_no_scale():
 
     once = attacked(spiking_attacks.fgsm, 0.05)
     assert torch.equal(once, attacked(spiking_attacks.pgd, 0.05, 0.2, 1, random_start=False))
-    assert torch.equal(once, attacked(spiking_attacks.fgsm, 0.05, loss=lambda logits, y: 7 * F.cross_entropy(logits, y)))
+    assert torch.equal(
+        once, attacked(spiking_attacks.fgsm, 0.05, loss=lambda logits, y: 7 * F.cross_entropy(logits, y))
+    )
     _, gradient = SpikingTarget(network, MEAN, STD, draw=3).loss_and_gradient(images, labels)
     assert torch.equal(once, (images + 0.05 * gradient.sign()).clamp(0, 1))
 
@@ -171,7 +188,12 @@ def test_every_gradient_draws_anew_and_evaluation_is_left_alone():
     assert torch.equal(SpikingTarget(network, MEAN, STD, draw=1).loss_and_gradient(images, labels)[1], second)
     assert torch.equal(network(images), before)
     averaged = attacks._input_gradient(
-        lambda x: x, images, labels, 2, "averaged", lambda x, y: spiking_attacks._Crafted.apply(x, y, SpikingTarget(network, MEAN, STD), F.cross_entropy)
+        lambda x: x,
+        images,
+        labels,
+        2,
+        "averaged",
+        lambda x, y: spiking_attacks._Crafted.apply(x, y, SpikingTarget(network, MEAN, STD), F.cross_entropy),
     )
     torch.testing.assert_close(averaged, 2 * first)  # each call of the lambda starts at draw 0
 
@@ -198,7 +220,9 @@ def saved_bytes(job) -> int:
 
 
 def test_a_gradient_keeps_currents_and_no_spikes():
-    """A neuron-step keeps its current, 8 bytes in float64, and next to nothing else; autograd for training keeps bits too."""
+    """A neuron-step keeps its current, 8 bytes in float64, and next to nothing else; autograd for training keeps bits
+    too.
+    """
     network, images, labels = build("vgg", steps=20)
     neuron_steps = 20 * 3 * sum(s for s in sizes(network, images))
     weights = sum(p.numel() * 8 for p in network.parameters())
@@ -226,7 +250,9 @@ def test_another_surrogate_fires_alike_and_differs_in_its_gradient(kind):
     (_, a), (_, b) = (SpikingTarget(n).loss_and_gradient(images, labels) for n in (network, other))
     assert not torch.allclose(a, b) and b.abs().max() > 0
     if kind != "stdb":  # the same one again: the spike-time surrogate became the delayed neuron's
-        torch.testing.assert_close(SpikingTarget(with_surrogate(other, "triangle")).loss_and_gradient(images, labels)[1], a)
+        torch.testing.assert_close(
+            SpikingTarget(with_surrogate(other, "triangle")).loss_and_gradient(images, labels)[1], a
+        )
 
 
 def test_several_readers_of_the_encoder_fall_back_to_straight_through():
@@ -259,7 +285,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="steps_at_once must be at least 1"):
         SpikingTarget(network, steps_at_once=0)
     with pytest.raises(ValueError, match="gradient of the whole batch is exactly zero"):
-        spiking_attacks.fgsm(SpikingTarget(network, steps=4), images, labels, 0.1)  # four layers: nothing arrives in time
+        spiking_attacks.fgsm(
+            SpikingTarget(network, steps=4), images, labels, 0.1
+        )  # four layers: nothing arrives in time
     with pytest.raises(ValueError, match="must lie in"):
         spiking_attacks.fgsm(SpikingTarget(network), images * 2, labels, 0.1)
     with pytest.raises(ValueError, match="training mode"):

@@ -1,10 +1,10 @@
-"""Hybrid conversion and spike-based training, arXiv 2005.01807: an artificial network becomes a spiking one, then learns
-to do with few time steps.
+"""Hybrid conversion and spike-based training, arXiv 2005.01807: an artificial network becomes a spiking one, then
+learns to do with few time steps.
 
-An artificial network is trained under the conversion's constraints, its thresholds are measured on its own spikes, and the
-converted network is read out after more and more steps. Then the converted network is tuned with few steps, with the
-spike-time surrogate (STDB) and the linear one. The report compares artificial, converted and hybrid networks at equal
-steps, their spikes, and the energy of their arithmetic.
+An artificial network is trained under the conversion's constraints, its thresholds are measured on its own spikes, and
+the converted network is read out after more and more steps. Then the converted network is tuned with few steps, with
+the spike-time surrogate (STDB) and the linear one. The report compares artificial, converted and hybrid networks at
+equal steps, their spikes, and the energy of their arithmetic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run
 from pyaccel.recipes.hybrid_snn_report import describe, results
 from pyaccel.recipes.hybrid_training import (
-    SURROGATES, HybridConfig, accuracy_at, build_ann, check_hybrid, convert, scaled, train_ann, tune,
+    SURROGATES,
+    HybridConfig,
+    accuracy_at,
+    build_ann,
+    check_hybrid,
+    convert,
+    scaled,
+    train_ann,
+    tune,
 )  # fmt: skip
 from pyaccel.recipes.report import Report, write
 from pyaccel.surgery.converted import ConvertedNetwork
@@ -55,16 +63,20 @@ class Config(HybridConfig):
 
 PAPER = Config()
 DESK = replace(
-    PAPER, preset="desk", train_images=8_000, watch_images=500, test_images=500, count_images=100, model="vgg5_robust", width=0.25,
+    PAPER, preset="desk", train_images=8_000, watch_images=500, test_images=500, count_images=100, model="vgg5_robust",
+    width=0.25,
     dropout=(0.1, 0.1), epochs=10, lr=3e-2, balance_images=64, balance_steps=200, steps=20,
     curve=(6, 8, 10, 15, 20, 30, 50, 100, 200), tune_epochs=2, tune_lr=5e-4, tune_weight_decay=0.0, tune_images=3_000,
 )  # fmt: skip
 DESK_DIGITS = replace(
-    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, width=0.125, epochs=8, tune_epochs=3, tune_images=None
+    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, width=0.125, epochs=8, tune_epochs=3,
+    tune_images=None
 )  # fmt: skip
 SMOKE = replace(
-    DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, dropout=(0.0, 0.1), epochs=15, batch_size=32, lr=5e-2,
-    watch_images=None, test_images=None, balance_images=256, balance_steps=100, curve=(2, 3, 5, 10, 20, 50, 150), steps=5,
+    DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, dropout=(0.0, 0.1), epochs=15, batch_size=32,
+    lr=5e-2,
+    watch_images=None, test_images=None, balance_images=256, balance_steps=100, curve=(2, 3, 5, 10, 20, 50, 150),
+    steps=5,
     tune_epochs=5, seeds=(0, 1, 2),
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
@@ -136,7 +148,9 @@ def measure(config: Config, train: Images, test: Images, seed: int, out: Path, r
     file = out / f"thresholds/seed-{seed}.json"
 
     def converted(surrogate: str, leak: float) -> ConvertedNetwork:
-        return convert(config, ann, train, seed, file, surrogate=surrogate, steps=config.steps, leak=leak, mean_readout=False)
+        return convert(
+            config, ann, train, seed, file, surrogate=surrogate, steps=config.steps, leak=leak, mean_readout=False
+        )
 
     plain = converted("linear", 1.0)
     say(f"seed {seed}: artificial {of_ann:.2%}; reading out the converted network up to step {config.curve[-1]}")
@@ -154,7 +168,10 @@ def measure(config: Config, train: Images, test: Images, seed: int, out: Path, r
         device = device_of(config)
         activity[name] = activity_of(
             network.eval().to(device),
-            ((b.images.to(device).contiguous(memory_format=torch.channels_last), b.sample_ids.to(device)) for b in counted.epoch(0)),
+            (
+                (b.images.to(device).contiguous(memory_format=torch.channels_last), b.sample_ids.to(device))
+                for b in counted.epoch(0)
+            ),
             config.steps,
         )
     return Measurement(of_ann, [float(n.threshold) for n in plain.neurons.values()], full, reduced, activity, seconds)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 ENERGIES = (FLOAT32_45NM, INT32_45NM)
 LABELS = {"converted": "converted", "stdb": "hybrid, STDB", "linear": "hybrid, linear surrogate"}
 NONE = (
-    "no figure stands here: the paper's figures that were read, not remembered, are of long GPU runs (VGG16, 100 steps: "
+    "no figure stands here: the paper's figures that were read, not remembered, are of long GPU runs (VGG16, 100 "
+    "steps: "
     "91.13 %), and this library has not made one to compare"
 )
 OURS = "a figure of this run alone"
@@ -53,7 +54,11 @@ def results(config: Config, measured: Mapping[int, Measurement]) -> list[Result]
             spiking = [energy.snn([x.macs for x in run], [x.incoming_rate for x in run]) for run in layers]
             add(f"{kind}/energy_{energy.name}/dense", dense, "nJ per image")
             add(f"{kind}/energy_{energy.name}/spikes", spiking, "nJ per image")
-            add(f"{kind}/energy_{energy.name}/dense_over_spiking", (d / s for d, s in zip(dense, spiking, strict=True)), "1")
+            add(
+                f"{kind}/energy_{energy.name}/dense_over_spiking",
+                (d / s for d, s in zip(dense, spiking, strict=True)),
+                "1",
+            )
         if kind != "converted":
             gaps = (100 * (run.reduced[kind][-1] - run.reduced["converted"][-1]) for run in runs)
             add(f"{kind}_minus_converted/accuracy", gaps, "points")
@@ -108,7 +113,10 @@ def _thresholds(report: Report) -> Section:
     values = [r for r in report.results if r.name.startswith("threshold/")]
     rows = [("layer", "threshold at scale 1"), *((r.name.split("_")[-1], r.text(3)) for r in values)]
     what = "largest current" if config["percentile"] is None else f"{config['percentile']:g} percentile of the currents"
-    text = f"The {what} of one step that each layer met in {config['balance_steps']} steps on {config['balance_images']} training images."
+    text = (
+        f"The {what} of one step that each layer met in {config['balance_steps']} steps on {config['balance_images']} "
+        f"training images."
+    )
     return Section("Thresholds", [text], rows)
 
 
@@ -118,7 +126,10 @@ def _spikes(report: Report) -> Section:
     rows = [("layer", *(LABELS[k] for k in kinds))]
     rows += [(name, *(report[f"{k}/rate/{name}"].text(3) for k in kinds)) for name in names]
     rows.append(("all, spikes per image", *(f"{report[f'{k}/spikes'].value:,.0f}" for k in kinds)))
-    text = f"Spikes per neuron over {report.config['steps']} steps, mean over test images, all at the same scale of thresholds."
+    text = (
+        f"Spikes per neuron over {report.config['steps']} steps, mean over test images, all at the same scale of "
+        f"thresholds."
+    )
     return Section("Spikes", [text], rows)
 
 
@@ -130,7 +141,8 @@ def _energy(report: Report) -> Section:
             ratio = report[f"{kind}/energy_{energy.name}/dense_over_spiking"]
             rows.append((f"{LABELS[kind]}, {energy.name}", *(f"{p.value:,.1f}" for p in parts), ratio.text()))
     text = [
-        f"Of one image, {report.config['steps']} steps: arithmetic alone, without memory access. Constants, which are this library's: "
+        f"Of one image, {report.config['steps']} steps: arithmetic alone, without memory access. Constants, which are "
+        f"this library's: "
         + "; ".join(f"{e.name}: E_MAC {e.mac:g} pJ, E_AC {e.accumulate:g} pJ ({e.source})" for e in ENERGIES) + ".",
         "Spikes: each layer's dense operations times its incoming rate, E_AC each. The paper has no such table.",
     ]  # fmt: skip
@@ -143,12 +155,15 @@ def _method(report: Report) -> Section:
     return Section(
         "How it was measured",
         [
-            f"Network {config['model']}, width {config['width']:g}, data {config['data'] or 'PYACCEL_DATA'} ({images} training images, "
+            f"Network {config['model']}, width {config['width']:g}, data {config['data'] or 'PYACCEL_DATA'} ({images} "
+            f"training images, "
             f"{config['test_images'] or 'all'} test images), {config['epochs']} epochs of the artificial network, "
             f"{config['tune_epochs']} of tuning on {config['tune_images'] or 'the same'} images, seeds "
             f"{', '.join(map(str, config['seeds']))}. Artificial and spiking networks see the same normalisation.",
-            "The last epoch is reported. Poisson noise is drawn by image, step and pixel, so that figures do not depend on the batch "
-            "size. STDB: 0.3 exp(-0.01 (steps since the last spike)), the exact form, not the published code's, whose float32 rounds "
+            "The last epoch is reported. Poisson noise is drawn by image, step and pixel, so that figures do not "
+            "depend on the batch "
+            "size. STDB: 0.3 exp(-0.01 (steps since the last spike)), the exact form, not the published code's, whose "
+            "float32 rounds "
             "it to 0 for neurons that have been silent for 104 steps or have never fired.",
         ],
     )

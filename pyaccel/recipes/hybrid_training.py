@@ -19,7 +19,14 @@ from pyaccel.data import Batch
 from pyaccel.models.form import HYBRID
 from pyaccel.models.vgg import Vgg, VggNet
 from pyaccel.recipes.classifier import (
-    ClassifierConfig, Images, check_fields, chosen, device_of, plain_batches, sgd, train_classifier,
+    ClassifierConfig,
+    Images,
+    check_fields,
+    chosen,
+    device_of,
+    plain_batches,
+    sgd,
+    train_classifier,
 )  # fmt: skip
 from pyaccel.recipes.folder import resume_from
 from pyaccel.surgery.converted import ConvertedNetwork
@@ -54,8 +61,8 @@ class HybridConfig(ClassifierConfig):
         leak: what remains of a membrane after one step in the tuned networks.
         tune_epochs: epochs of the tuning; 0: none.
         tune_lr: of its Adam (amsgrad), divided by 5 after 60, 80 and 90 % of the epochs.
-        tune_weight_decay: of that Adam. Where few neurons spike, most gradients are 0 and Adam makes steps of full length
-            of the decay alone: with few time steps it silences the network.
+        tune_weight_decay: of that Adam. Where few neurons spike, most gradients are 0 and Adam makes steps of full
+            length of the decay alone: with few time steps it silences the network.
         tune_batch_size: images a batch of the tuning; None: `batch_size`.
         tune_images: tune on so many of the training images; None: all.
         test_images: test images of the final figures; None: all.
@@ -118,14 +125,16 @@ def train_ann(
     optimizer = sgd(config, model)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops(config.epochs), 0.1)
     history = train_classifier(
-        model, train, test, config, seed=seed, out=out / part, resume=resume_from(out, part, resume), name=part, free=free,
+        model, train, test, config, seed=seed, out=out / part, resume=resume_from(out, part, resume), name=part,
+        free=free,
         optimizer=optimizer, scheduler=scheduler,
     )  # fmt: skip
     return model.eval(), history
 
 
 def convert(
-    config: HybridConfig, ann: nn.Module, train: Images, seed: int, file: Path, *, surrogate: str, steps: int, leak: float,
+    config: HybridConfig, ann: nn.Module, train: Images, seed: int, file: Path, *, surrogate: str, steps: int,
+    leak: float,
     mean_readout: bool,
 ) -> ConvertedNetwork:  # fmt: skip
     """The spiking network of `ann` with thresholds at scale 1: measured, and kept in `file` for the next time."""
@@ -164,7 +173,15 @@ def spiking_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def tune(
-    config: HybridConfig, snn: ConvertedNetwork, train: Images, test: Images, seed: int, out: Path, part: str, resume: str, free
+    config: HybridConfig,
+    snn: ConvertedNetwork,
+    train: Images,
+    test: Images,
+    seed: int,
+    out: Path,
+    part: str,
+    resume: str,
+    free,
 ) -> History:
     """Train the weights of a converted network in place, by backpropagation through its time steps."""
     snn.to(device_of(config))
@@ -172,7 +189,8 @@ def tune(
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops(config.tune_epochs), 0.2)
     own = replace(config, batch_size=config.tune_batch_size or config.batch_size)
     history = train_classifier(
-        snn, chosen(train, config.tune_images), test, own, seed=seed, out=out / part, resume=resume_from(out, part, resume),
+        snn, chosen(train, config.tune_images), test, own, seed=seed, out=out / part, resume=resume_from(out, part,
+        resume),
         name=part, free=free, of=spiking_logits, optimizer=optimizer, scheduler=scheduler, epochs=config.tune_epochs,
     )  # fmt: skip
     snn.eval()

@@ -1,10 +1,11 @@
-"""Inherent adversarial robustness of spiking networks, arXiv 2003.10399: do few time steps and a leak help, and is it real?
+"""Inherent adversarial robustness of spiking networks, arXiv 2003.10399: do few time steps and a leak help, and is it
+real?
 
 An artificial network, its conversion (SNN-Conv: no leak, many steps), a tuned spiking network (SNN-BP: leak, few steps)
-and, where asked for, one trained with BNTT are attacked by FGSM and PGD with gradients crafted from each: white-box, and
-black-box from networks of another seed. Sweeps tune SNN-BP for other numbers of steps and leaks. Every figure stands beside
-its controls: noise of equal size, other surrogates, expectation over the encoder's noise, transfer from the artificial
-network, and the worst case of all of them, image by image.
+and, where asked for, one trained with BNTT are attacked by FGSM and PGD with gradients crafted from each: white-box,
+and black-box from networks of another seed. Sweeps tune SNN-BP for other numbers of steps and leaks. Every figure
+stands beside its controls: noise of equal size, other surrogates, expectation over the encoder's noise, transfer from
+the artificial network, and the worst case of all of them, image by image.
 """
 
 from __future__ import annotations
@@ -22,12 +23,31 @@ from pyaccel.data import Batch
 from pyaccel.data.source import PACKAGED
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
-    Images, Normalised, check_choices, chosen, device_of, open_data, plain_batches, say, sgd, train_classifier,
+    Images,
+    Normalised,
+    check_choices,
+    chosen,
+    device_of,
+    open_data,
+    plain_batches,
+    say,
+    sgd,
+    train_classifier,
 )  # fmt: skip
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
 from pyaccel.recipes.hybrid_training import (
-    MLP, HybridConfig, build_ann, check_hybrid, convert, drops, read_or_make, scaled, spiking_logits, train_ann, tune,
+    MLP,
+    HybridConfig,
+    build_ann,
+    check_hybrid,
+    convert,
+    drops,
+    read_or_make,
+    scaled,
+    spiking_logits,
+    train_ann,
+    tune,
 )  # fmt: skip
 from pyaccel.recipes.report import Report, write
 from pyaccel.recipes.snn_robustness_report import describe, results
@@ -91,19 +111,25 @@ class Config(HybridConfig):
 
 PAPER = Config()
 DESK = replace(
-    PAPER, preset="desk", train_images=6_000, watch_images=300, test_images=300, width=0.125, dropout=(0.0, 0.1), epochs=8,
-    lr=3e-2, balance_images=64, balance_steps=150, tune_epochs=2, tune_lr=1e-3, tune_weight_decay=0.0, tune_images=2_000, steps=20,
+    PAPER, preset="desk", train_images=6_000, watch_images=300, test_images=300, width=0.125, dropout=(0.0, 0.1),
+    epochs=8,
+    lr=3e-2, balance_images=64, balance_steps=150, tune_epochs=2, tune_lr=1e-3, tune_weight_decay=0.0,
+    tune_images=2_000, steps=20,
     conv_steps=100, bntt_steps=8, eps=(4 / 255,), step=1 / 255, attack_images=200, surrogates=("atan", "rectangle"),
     draws=3, sweep_steps=(10, 40), sweep_leaks=(1.0, 0.7), sweep_at=20, sweep_eps=4 / 255, agree_steps=(10, 30, 100),
 )  # fmt: skip
 DESK_DIGITS = replace(
-    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, epochs=8, tune_epochs=3, tune_images=None, eps=(0.1,),
+    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, epochs=8, tune_epochs=3,
+    tune_images=None, eps=(0.1,),
     step=0.025, sweep_eps=0.1,
 )  # fmt: skip
 SMOKE = replace(
-    DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, epochs=12, batch_size=32, lr=5e-2, watch_images=None,
-    test_images=None, balance_images=256, balance_steps=100, steps=10, conv_steps=60, tune_epochs=4, eps=(0.125,), step=0.03,
-    attack_images=120, networks=NETWORKS, sweep_steps=(5, 20), sweep_at=10, sweep_eps=0.125, agree_steps=(10, 60), seeds=(0, 1),
+    DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, epochs=12, batch_size=32, lr=5e-2,
+    watch_images=None,
+    test_images=None, balance_images=256, balance_steps=100, steps=10, conv_steps=60, tune_epochs=4, eps=(0.125,),
+    step=0.03,
+    attack_images=120, networks=NETWORKS, sweep_steps=(5, 20), sweep_at=10, sweep_eps=0.125, agree_steps=(10, 60),
+    seeds=(0, 1),
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
@@ -127,9 +153,12 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
     train, test = open_data(config, "snn_robustness")
     build_ann(config, train, 0)
     out = open_run(out, asdict(config), resume=resume, free=FREE)
-    measured = {seed: read_or_make(out / f"attacks/seed-{seed}.json", lambda s=seed: measure(config, train, test, s, out, resume))
+    measured = {seed: read_or_make(out / f"attacks/seed-{seed}.json", lambda s=seed: measure(config, train, test, s,
+    out, resume))
                 for seed in config.seeds}  # fmt: skip
-    report = Report("snn_robustness", config.preset, asdict(config), environment(device_of(config)), results(config, measured))
+    report = Report(
+        "snn_robustness", config.preset, asdict(config), environment(device_of(config)), results(config, measured)
+    )
     if plots.available():
         from pyaccel.recipes.snn_robustness_plots import draw
 
@@ -154,7 +183,9 @@ def check(config: Config) -> None:
     if config.draws < 2:
         raise ValueError(f"draws must be at least 2: one draw is the attack itself, got {config.draws}")
     if not all(e > 0 for e in (*config.eps, config.step, config.sweep_eps)):
-        raise ValueError(f"eps, step and sweep_eps must be positive, got {config.eps}, {config.step}, {config.sweep_eps}")
+        raise ValueError(
+            f"eps, step and sweep_eps must be positive, got {config.eps}, {config.step}, {config.sweep_eps}"
+        )
     if "bp" not in config.networks and (config.sweep_steps or config.sweep_leaks):
         raise ValueError("sweeps tune SNN-BP: take 'bp' into networks, or leave sweep_steps and sweep_leaks empty")
 
@@ -180,7 +211,9 @@ class Trained:
         return self.made[kind]
 
     def ann(self) -> nn.Module:
-        return train_ann(self.config, self.train, self.test, self.seed, self.out, f"ann/{self.folder}", self.resume, FREE)[0]
+        return train_ann(
+            self.config, self.train, self.test, self.seed, self.out, f"ann/{self.folder}", self.resume, FREE
+        )[0]
 
     def conv(self) -> nn.Module:
         return self.converted(self.config.conv_steps, 1.0)
@@ -190,7 +223,17 @@ class Trained:
 
     def converted(self, steps: int, leak: float):
         file = self.out / f"thresholds/{self.folder}.json"
-        return convert(self.config, self["ann"], self.train, self.seed, file, surrogate="linear", steps=steps, leak=leak, mean_readout=True)
+        return convert(
+            self.config,
+            self["ann"],
+            self.train,
+            self.seed,
+            file,
+            surrogate="linear",
+            steps=steps,
+            leak=leak,
+            mean_readout=True,
+        )
 
     def tuned(self, steps: int, leak: float) -> nn.Module:
         snn = scaled(self.converted(steps, leak), self.config.scale)
@@ -202,8 +245,10 @@ class Trained:
     def bntt(self) -> nn.Module:
         config, train = self.config, self.train
         seed_everything(self.seed)
-        options = dict(input_shape=train.shape, classes=len(train.classes), steps=config.bntt_steps, leak=0.95, norm="bntt",
-                       neuron="bntt", gain=config.gain, mean_readout=True, dropout=(0.0, 0.0), seed=self.seed)  # fmt: skip
+        options = dict(input_shape=train.shape, classes=len(train.classes), steps=config.bntt_steps, leak=0.95,
+        norm="bntt",
+                       neuron="bntt", gain=config.gain, mean_readout=True, dropout=(0.0, 0.0),
+                       seed=self.seed)  # fmt: skip
         if config.model == "mlp":
             model: nn.Module = models.SpikingVgg(MLP.scaled(config.width), **options)
         else:
@@ -211,7 +256,8 @@ class Trained:
         model = model.to(device_of(config), memory_format=torch.channels_last)
         optimizer, part = sgd(config, model), f"bntt/{self.folder}"
         train_classifier(
-            model, train, self.test, config, seed=self.seed, out=self.out / part, resume=resume_from(self.out, part, self.resume),
+            model, train, self.test, config, seed=self.seed, out=self.out / part, resume=resume_from(self.out, part,
+            self.resume),
             name=part, free=FREE, of=spiking_logits, optimizer=optimizer,
             scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, drops(config.epochs), 0.1),
         )  # fmt: skip
@@ -233,7 +279,9 @@ class Bench:
         if not hasattr(network, "encoder"):
             return Normalised(network, self.config.mean, self.config.std).to(device_of(self.config)).eval()
         bntt = isinstance(network, models.SpikingNetwork)
-        pieces = dict(images_at_once=self.config.images_at_once, steps_at_once=None if bntt else self.config.steps_at_once)
+        pieces = dict(
+            images_at_once=self.config.images_at_once, steps_at_once=None if bntt else self.config.steps_at_once
+        )
         return SpikingTarget(network, self.config.mean, self.config.std, **pieces | options)
 
     def fgsm(self, network: nn.Module, eps: float) -> Attack:
@@ -250,7 +298,9 @@ class Bench:
     def noise(self, eps: float) -> Attack:
         """Random signs of the same size: what an attack must beat."""
         generator = torch.Generator().manual_seed(1)
-        return lambda x, y: (x + eps * (2.0 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x.device)).clamp(0, 1)
+        return lambda x, y: (
+            x + eps * (2.0 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x.device)
+        ).clamp(0, 1)
 
     def made(self, attack: Attack | None) -> list[Batch]:
         device, found = device_of(self.config), []
@@ -287,7 +337,9 @@ def measure(config: Config, train: Images, test: Images, seed: int, out: Path, r
             found[f"{kind}/noise/{eps:g}"] = share(bench.right(own[kind], noisy))
             for name, attack in (("fgsm", bench.fgsm), ("pgd", bench.pgd)):
                 say(f"seed {seed}: {name} of {eps:g} on {kind}")
-                found[f"{kind}/white/{name}/{eps:g}"] = share(bench.right(own[kind], bench.made(attack(own[kind], eps))))
+                found[f"{kind}/white/{name}/{eps:g}"] = share(
+                    bench.right(own[kind], bench.made(attack(own[kind], eps)))
+                )
         for source in config.sources:
             for name, attack in (("fgsm", bench.fgsm), ("pgd", bench.pgd)):
                 images = bench.made(attack(other[source], eps))
@@ -327,7 +379,10 @@ def sweeps(config: Config, bench: Bench, own: Trained) -> dict[str, float]:
         say(f"seed {own.seed}: sweep, {name}")
         network = own.tuned(steps, leak).to(device_of(config)).eval()
         cases = {"clean": clean, "transfer": moved, "white": bench.made(bench.fgsm(network, eps))}
-        found |= {f"sweep/{name}/{case}": float(bench.right(network, images).double().mean()) for case, images in cases.items()}
+        found |= {
+            f"sweep/{name}/{case}": float(bench.right(network, images).double().mean())
+            for case, images in cases.items()
+        }
     return found
 
 
@@ -340,12 +395,18 @@ def agreement(config: Config, bench: Bench, own: Trained, batches: list[Batch]) 
     leaf = images.clone().requires_grad_()
     (expected,) = torch.autograd.grad(nn.functional.cross_entropy(ann(leaf), labels), leaf)
     for steps in config.agree_steps:
-        (first, second) = (replace(target, steps=steps, draw=d).loss_and_gradient(images, labels)[1].flatten(1) for d in (0, 1))
+        (first, second) = (
+            replace(target, steps=steps, draw=d).loss_and_gradient(images, labels)[1].flatten(1) for d in (0, 1)
+        )
         same = expected.flatten(1)
         alive = (same.abs().amax(1) > 0) & (first.abs().amax(1) > 0) & (second.abs().amax(1) > 0)
         if not alive.any():
             continue
         cosine = nn.functional.cosine_similarity
-        pairs = {"cosine": cosine(first, same), "sign": (first.sign() == same.sign()).double().mean(1), "draws": cosine(first, second)}
+        pairs = {
+            "cosine": cosine(first, same),
+            "sign": (first.sign() == same.sign()).double().mean(1),
+            "draws": cosine(first, second),
+        }
         found |= {f"agreement/{steps}/{name}": float(values[alive].double().median()) for name, values in pairs.items()}
     return found

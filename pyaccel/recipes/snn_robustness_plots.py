@@ -8,8 +8,10 @@ from pyaccel.recipes.plots import _figure
 from pyaccel.recipes.report import Report
 from pyaccel.recipes.snn_robustness_report import LABELS
 
-BARS = (("clean", "clean", "#BBBBBB"), ("noise/{eps:g}", "random signs", "#56B4E9"), ("white/fgsm/{eps:g}", "FGSM", "#E69F00"),
-        ("white/pgd/{eps:g}", "PGD", "#D55E00"), ("control/worst of all", "worst of all controls", "#5F0F00"))  # fmt: skip
+BARS = (("clean", "clean", "#BBBBBB"), ("noise/{eps:g}", "random signs", "#56B4E9"), ("white/fgsm/{eps:g}", "FGSM",
+"#E69F00"),
+        ("white/pgd/{eps:g}", "PGD", "#D55E00"), ("control/worst of all", "worst of all controls",
+        "#5F0F00"))  # fmt: skip
 CASES = (("clean", "clean", "#5F5F5F", "s", ":"), ("white", "FGSM, white-box", "#D55E00", "D", "-"),
          ("transfer", "FGSM from the artificial network", "#0072B2", "o", "--"))  # fmt: skip
 

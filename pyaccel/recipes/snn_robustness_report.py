@@ -36,7 +36,11 @@ def results(config: Config, measured: Mapping[int, Mapping[str, float]]) -> list
         for name in ("fgsm", "pgd"):
             if {"ann", "bp"} <= set(config.networks):
                 keys = [f"{kind}/white/{name}/{eps:g}" for kind in ("bp", "ann")]
-                add(f"bp_minus_ann/white/{name}/{eps:g}", (100 * (run[keys[0]] - run[keys[1]]) for run in runs), "points")
+                add(
+                    f"bp_minus_ann/white/{name}/{eps:g}",
+                    (100 * (run[keys[0]] - run[keys[1]]) for run in runs),
+                    "points",
+                )
     return found
 
 
@@ -69,9 +73,15 @@ def _white(report: Report) -> Section:
             if key in _names(report):
                 gap = report[key]
                 spread = "" if gap.std is None else f" ± {gap.std:.1f}"
-                text.append(f"SNN-BP minus artificial, {name.upper()} of {eps:.3g}: {gap.value:+.1f}{spread} points ({gap.n} seeds).")
-    text.append("Each attacked with gradients crafted from itself; a spiking network is then judged by noise that the attack "
-                "did not see. Random signs: noise of the same size, which an attack must beat by far.")  # fmt: skip
+                text.append(
+                    f"SNN-BP minus artificial, {name.upper()} of {eps:.3g}: {gap.value:+.1f}{spread} points ({gap.n} "
+                    f"seeds)."
+                )
+    text.append(
+        "Each attacked with gradients crafted from itself; a spiking network is then judged by noise that the attack "
+        "did "
+        "not see. Random signs: noise of the same size, which an attack must beat by far."
+    )
     if report.results[0].n == 1:
         text.append("One seed: no spread is known, and differences of a few points mean little.")
     return Section("White-box", text, rows, [("white_box.png", "Accuracy under attack, with the controls of SNN-BP.")])
@@ -99,9 +109,12 @@ def _controls(report: Report) -> Section | None:
     rows = [("PGD by", *(f"{LABELS[kind]}, %" for kind in kinds))]
     rows += [(way, *(_text(report, f"{kind}/control/{way}") for kind in kinds)) for way in ways]
     text = [
-        f"Is it masking? The same network attacked by other ways, radius {max(report.config['eps']):.3g}. Other surrogates, and the mean "
-        "gradient of several draws of the encoder's noise, find what one surrogate and one draw may hide; gradients of the "
-        "artificial network know nothing of spikes at all. **The last row counts an image as right only if it withstands every attack "
+        f"Is it masking? The same network attacked by other ways, radius {max(report.config['eps']):.3g}. Other "
+        f"surrogates, and the mean "
+        "gradient of several draws of the encoder's noise, find what one surrogate and one draw may hide; gradients "
+        "of the "
+        "artificial network know nothing of spikes at all. **The last row counts an image as right only if it "
+        "withstands every attack "
         "of the table: it is the figure to quote.**"
     ]
     return Section("Controls", text, rows)
@@ -114,8 +127,14 @@ def _sweep(report: Report) -> Section | None:
     points += [(f"T = {config['sweep_at']}, leak {leak:g}", f"leak/{leak:g}") for leak in config["sweep_leaks"]]
     if not points:
         return None
-    rows += [(label, *(_text(report, f"sweep/{name}/{case}") for case in ("clean", "white", "transfer"))) for label, name in points]
-    text = [f"Tuned anew at each point; radius {config['sweep_eps']:.3g}. The paper's claim: fewer steps and more leak, more robust."]
+    rows += [
+        (label, *(_text(report, f"sweep/{name}/{case}") for case in ("clean", "white", "transfer")))
+        for label, name in points
+    ]
+    text = [
+        f"Tuned anew at each point; radius {config['sweep_eps']:.3g}. The paper's claim: fewer steps and more leak, "
+        f"more robust."
+    ]
     return Section("Time steps and leak", text, rows, [("sweeps.png", "Accuracy of SNN-BP over time steps and leak.")])
 
 
@@ -124,7 +143,9 @@ def _agreement(report: Report) -> Section | None:
     if not steps:
         return None
     rows = [("steps", "cosine", "equal signs", "cosine of two draws")]
-    rows += [(str(t), *(_text(report, f"agreement/{t}/{what}", 3) for what in ("cosine", "sign", "draws"))) for t in steps]
+    rows += [
+        (str(t), *(_text(report, f"agreement/{t}/{what}", 3) for what in ("cosine", "sign", "draws"))) for t in steps
+    ]
     text = ["Gradients of SNN-Conv beside those of the artificial network with the same weights; medians over images."]
     return Section("Gradients", text, rows)
 
@@ -135,10 +156,15 @@ def _method(report: Report) -> Section:
         "How it was measured",
         [
             f"Network {config['model']}, width {config['width']:g}, data {config['data'] or 'PYACCEL_DATA'} "
-            f"({config['train_images'] or 'all'} training images); {config['attack_images'] or 'all'} test images attacked. SNN-Conv: T = "
-            f"{config['conv_steps']}, no leak, thresholds at scale 1. SNN-BP: T = {config['steps']}, leak {config['leak']:g}, scale "
-            f"{config['scale']:g}, tuned for {config['tune_epochs']} epochs with the linear surrogate. Seeds {', '.join(map(str, config['seeds']))}.",
-            f"PGD: {config['pgd_steps']} steps of {config['step']:.3g} from a random start, one draw of the encoder's noise a step; losses on the "
-            "read-out's mean over time. All networks in evaluation mode (the published code leaves its source in training mode).",
+            f"({config['train_images'] or 'all'} training images); {config['attack_images'] or 'all'} test images "
+            f"attacked. SNN-Conv: T = "
+            f"{config['conv_steps']}, no leak, thresholds at scale 1. SNN-BP: T = {config['steps']}, leak "
+            f"{config['leak']:g}, scale "
+            f"{config['scale']:g}, tuned for {config['tune_epochs']} epochs with the linear surrogate. Seeds "
+            f"{', '.join(map(str, config['seeds']))}.",
+            f"PGD: {config['pgd_steps']} steps of {config['step']:.3g} from a random start, one draw of the encoder's "
+            f"noise a step; losses on the "
+            "read-out's mean over time. All networks in evaluation mode (the published code leaves its source in "
+            "training mode).",
         ],
     )

@@ -1,4 +1,4 @@
-"""`to_spiking`: an artificial feed-forward network as a network of spiking neurons with the same weights (2005.01807)."""
+"""`to_spiking`: an artificial feed-forward network as a spiking one with the same weights (2005.01807)."""
 
 from __future__ import annotations
 
@@ -80,8 +80,9 @@ def to_spiking(
 
 @dataclass
 class _Value:
-    """A node of the new graph, `[T, B, ...]`. kind: what spikes it holds (see `ops.spike_conv2d`), None if it is not known
-    to be spikes that bits can hold. dropped: with what probability its units were dropped and not yet made up for."""
+    """A node of the new graph, `[T, B, ...]`. kind: what spikes it holds (see `ops.spike_conv2d`), None if it is not
+    known to be spikes that bits can hold. dropped: with what probability its units were dropped and not yet made up
+    for."""
 
     node: fx.Node
     kind: str | None
@@ -161,7 +162,9 @@ class _Builder:
         return _Value(self.call(step.name, module, value.node), kind, value.dropped)
 
     def pixel_mean(self, step: Step, value: _Value) -> _Value:
-        return _Value(self.graph.call_method("mean", (value.node, (-2, -1)), {"keepdim": step.keepdim}), None, value.dropped)
+        return _Value(
+            self.graph.call_method("mean", (value.node, (-2, -1)), {"keepdim": step.keepdim}), None, value.dropped
+        )
 
     def flatten(self, step: Step, value: _Value) -> _Value:
         return _Value(self.graph.call_method("flatten", (value.node, 2)), value.kind, value.dropped)
@@ -181,7 +184,8 @@ def _over_spikes(layer: nn.Module, kind: str | None) -> nn.Module | None:
         return None
     else:
         made = SpikeConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups,
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            layer.groups,
             bias=False, kind=kind, device="meta",
         )  # fmt: skip
     made.weight = layer.weight

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 CONVERTED = (
-    "Conv2d, Linear, ReLU, AvgPool2d, AdaptiveAvgPool2d, a mean over pixels, Dropout, Flatten, Identity, an addition of two "
+    "Conv2d, Linear, ReLU, AvgPool2d, AdaptiveAvgPool2d, a mean over pixels, Dropout, Flatten, Identity, an addition "
+    "of two "
     "branches"
 )
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -44,12 +45,15 @@ class _Tracer(fx.Tracer):
 
 def read_graph(ann: nn.Module, *, fold_batchnorm: bool, keep_biases: bool) -> list[Step]:
     """The steps of `ann`, in order. ValueError names the first thing that cannot be converted, and says what to do."""
-    root = nn.Sequential(ann) if _Tracer().is_leaf_module(ann, "") else ann  # a bare layer would be traced as its inside
+    root = (
+        nn.Sequential(ann) if _Tracer().is_leaf_module(ann, "") else ann
+    )  # a bare layer would be traced as its inside
     try:
         graph = _Tracer().trace(root)
     except Exception as error:
         raise ValueError(
-            f"to_spiking: torch.fx cannot trace {type(ann).__name__} ({error}); its forward must be feed-forward, without "
+            f"to_spiking: torch.fx cannot trace {type(ann).__name__} ({error}); its forward must be feed-forward, "
+            f"without "
             "branches that depend on values"
         ) from error
     fx.GraphModule(root, graph).graph.eliminate_dead_code()
@@ -66,7 +70,9 @@ class _Reader:
         for node in graph.nodes:
             if node.op == "placeholder":
                 if any(step.kind == "input" for step in self.steps.values()):
-                    raise ValueError(f"to_spiking: expected a network with one input, the images; {node.name!r} is a second one")
+                    raise ValueError(
+                        f"to_spiking: expected a network with one input, the images; {node.name!r} is a second one"
+                    )
                 self.append(node, "input")
             elif node.op == "output":
                 if not isinstance(node.args[0], fx.Node):
@@ -130,10 +136,8 @@ class _Reader:
         followed = [self.modules.get(user.target) for user in node.users if user.op == "call_module"]
         folds = self.fold_batchnorm and any(isinstance(m, NORMS) for m in followed)
         if layer.bias is not None and not self.keep_biases and not folds:
-            self.refuse(
-                node, "it has a bias, which the paper's networks have not; train without, or pass keep_biases=True for a "
-                "constant current",
-            )  # fmt: skip
+            what = "it has a bias, which the paper's networks have not; train without, or pass keep_biases=True"
+            self.refuse(node, f"{what} for a constant current")
         own = copy.deepcopy(layer)
         bias = None if own.bias is None else own.bias.detach()
         own.bias = None
@@ -171,14 +175,20 @@ class _Reader:
         elif target in (F.dropout,):
             self.append(node, "dropout", given, p=float(_argument(node, 1, "p", 0.5)))
         elif target in (torch.flatten, Tensor.flatten):
-            self.flattened(node, given, _argument(node, 1, "start_dim", 0) == 1 and _argument(node, 2, "end_dim", -1) == -1)
+            self.flattened(
+                node, given, _argument(node, 1, "start_dim", 0) == 1 and _argument(node, 2, "end_dim", -1) == -1
+            )
         elif target in (Tensor.view, Tensor.reshape, torch.reshape):
             sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple) else node.args[1:]
             first = sizes[0] if sizes else None
-            self.flattened(node, given, len(sizes) == 2 and sizes[1] == -1 and isinstance(first, fx.Node) and _is_size(first))
+            self.flattened(
+                node, given, len(sizes) == 2 and sizes[1] == -1 and isinstance(first, fx.Node) and _is_size(first)
+            )
         elif target is F.avg_pool2d:
             names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-            values = dict(zip(names, node.args[1:], strict=False)) | {k: v for k, v in node.kwargs.items() if k in names}
+            values = dict(zip(names, node.args[1:], strict=False)) | {
+                k: v for k, v in node.kwargs.items() if k in names
+            }
             self.append(node, "pool", given, module=nn.AvgPool2d(**values))
         elif target is F.adaptive_avg_pool2d:
             self.append(node, "pool", given, module=nn.AdaptiveAvgPool2d(_argument(node, 1, "output_size", None)))

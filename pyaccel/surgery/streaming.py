@@ -19,7 +19,9 @@ def streaming(network: nn.Module) -> Iterator[None]:
     """
     neurons = [m for m in network.modules() if isinstance(m, (LIF, STDBLIF))]
     if any(isinstance(m, BNTTLIF) for m in network.modules()):
-        raise ValueError("streaming: BNTT has statistics of the first T steps and no later ones; run its T steps at once")
+        raise ValueError(
+            "streaming: BNTT has statistics of the first T steps and no later ones; run its T steps at once"
+        )
     modes = [(m, m.training) for m in network.modules()]
     before = [m.stateful for m in neurons]
     network.eval()
@@ -64,7 +66,8 @@ def stream_logits(
     chunk: int = 25,
     sample_ids: Tensor | None = None,
 ) -> Tensor:
-    """The logits of a spiking network after `steps` steps, `[B, classes]`; or after each of `at`, `[len(at), B, classes]`.
+    """The logits of a spiking network after `steps` steps, `[B, classes]`; or after each of `at`, `[len(at), B,
+    classes]`.
 
     The answer is that of `network.step_logits(images, sample_ids, steps)`, the same spikes and, up to the order of
     sums, the same logits, but memory holds `chunk` steps at a time, whatever T is: for hundreds and thousands of steps.

@@ -1,4 +1,6 @@
-"""`balance_thresholds`: firing thresholds of a converted network, measured layer by layer on its own spikes (2005.01807)."""
+"""`balance_thresholds`: firing thresholds of a converted network, measured layer by layer on its own spikes
+(2005.01807).
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,8 @@ def _largest(snn, name: str, neuron: nn.Module, batches, percentile: float | Non
         hook.remove()
     if not float(largest) > 0:
         raise ValueError(
-            f"balance_thresholds: no positive current reaches {name!r} (largest {float(largest):g}); is the layer dead, or "
+            f"balance_thresholds: no positive current reaches {name!r} (largest {float(largest):g}); is the layer "
+            f"dead, or "
             "are there more spiking layers than steps?"
         )
     return float(largest)

@@ -37,12 +37,17 @@ def test_presets(recipe):
 
 
 @pytest.mark.parametrize("recipe, change, text", [
-    ("hybrid_snn", dict(curve=(5, 3)), "curve must be increasing"), ("hybrid_snn", dict(curve=(3,)), "must hold the steps of the comparison, 5"),
-    ("hybrid_snn", dict(surrogates=("x",)), "surrogates: expected some of stdb, linear"), ("hybrid_snn", dict(scale=0.0), "scale must be positive"),
-    ("hybrid_snn", dict(percentile=0.0), "percentile must be"), ("hybrid_snn", dict(tune_epochs=-1), "must not be negative"),
+    ("hybrid_snn", dict(curve=(5, 3)), "curve must be increasing"), ("hybrid_snn", dict(curve=(3,)),
+    "must hold the steps of the comparison, 5"),
+    ("hybrid_snn", dict(surrogates=("x",)), "surrogates: expected some of stdb, linear"), ("hybrid_snn",
+    dict(scale=0.0), "scale must be positive"),
+    ("hybrid_snn", dict(percentile=0.0), "percentile must be"), ("hybrid_snn", dict(tune_epochs=-1),
+    "must not be negative"),
     ("hybrid_snn", dict(steps=0), "steps must be at least 1"),
-    ("snn_robustness", dict(networks=("x",)), "networks: expected some of"), ("snn_robustness", dict(draws=1), "draws must be at least 2"),
-    ("snn_robustness", dict(networks=("ann",)), "sweeps tune SNN-BP"), ("snn_robustness", dict(eps=(0.0,)), "must be positive"),
+    ("snn_robustness", dict(networks=("x",)), "networks: expected some of"), ("snn_robustness", dict(draws=1),
+    "draws must be at least 2"),
+    ("snn_robustness", dict(networks=("ann",)), "sweeps tune SNN-BP"), ("snn_robustness", dict(eps=(0.0,)),
+    "must be positive"),
     ("snn_robustness", dict(conv_steps=0), "conv_steps must be"),
 ])  # fmt: skip
 def test_wrong_configurations_are_refused_before_anything_is_written(recipe, change, text, tmp_path):
@@ -79,7 +84,9 @@ def converted(steps: int = 12, threshold: float = 0.4, **options):
 
 def test_scaled_thresholds():
     _, snn = converted(threshold=2.0)
-    assert set(surgery.thresholds(scaled(snn, 0.7)).values()) == {1.4} and set(surgery.thresholds(snn).values()) == {2.0}
+    assert set(surgery.thresholds(scaled(snn, 0.7)).values()) == {1.4} and set(surgery.thresholds(snn).values()) == {
+        2.0
+    }
 
 
 def test_activity_counts_events_spikes_and_products():
@@ -94,10 +101,16 @@ def test_activity_counts_events_spikes_and_products():
     inputs = [v[0] for k, v in seen.items() if isinstance(snn.get_submodule(k), nn.Linear)]
     spikes = [v[1] for k, v in seen.items() if k in snn.neurons]
     layers = activity_of(snn, [(x[:4], ids[:4]), (x[4:], ids[4:])], 12)
-    assert [layer.macs for layer in layers] == [16 * 10, 10 * 10, 10 * 3] and [layer.inputs for layer in layers] == [16, 10, 10]
+    assert [layer.macs for layer in layers] == [16 * 10, 10 * 10, 10 * 3] and [layer.inputs for layer in layers] == [
+        16,
+        10,
+        10,
+    ]
     assert [layer.neurons for layer in layers] == [10, 10, 0]
     assert [layer.events * 6 for layer in layers] == pytest.approx([float(i.count_nonzero()) for i in inputs])
-    assert [layer.spikes * 6 for layer in layers] == pytest.approx([*(float(s.sum()) for s in spikes), 0.0]) and layers[0].spikes > 0
+    assert [layer.spikes * 6 for layer in layers] == pytest.approx([*(float(s.sum()) for s in spikes), 0.0]) and layers[
+        0
+    ].spikes > 0
     with pytest.raises(ValueError, match="no images"):
         activity_of(snn, [], 12)
 
@@ -108,7 +121,10 @@ def test_neurons_of_a_residual_sum_belong_to_the_layer_before_it():
     ann = models.build("resnet12", classes=10, spiking=False, width=0.0625)
     snn = surgery.to_spiking(ann, steps=4, threshold=0.1).eval()
     layers = {layer.name: layer for layer in activity_of(snn, [(torch.rand(1, 3, 32, 32), None)], 4)}
-    assert sum(layer.neurons for layer in layers.values()) == sum(neurons_of(snn)) and layers["features.10.body.3"].neurons > 0
+    assert (
+        sum(layer.neurons for layer in layers.values()) == sum(neurons_of(snn))
+        and layers["features.10.body.3"].neurons > 0
+    )
     assert layers["features.11.shortcut.0"].neurons == 0 < layers["features.11.body.3"].neurons
 
 
@@ -177,7 +193,8 @@ def test_hybrid_smoke_run(smoke):
     assert {r.n for r in found.results} == {3} and {r.published for r in found.results} == {None}
     text = (out / "report.md").read_text()
     assert "REMEMBERED" in text and "hybrid, STDB minus converted" in text and "accuracy.png" in text
-    # Signs that the specification calls safe: more steps help a conversion; tuning beats conversion at equal steps, by far.
+    # Signs that the specification calls safe: more steps help a conversion; tuning beats conversion at equal steps, by
+    # far.
     full = [found[f"converted_scale_1/accuracy_after_step_{t}"].value for t in config.curve]
     assert full[0] <= 15 < 60 < full[3] < full[-1] and full[-1] > 95
     assert full[-1] > found["ann/accuracy"].value - 2
@@ -196,7 +213,9 @@ def test_a_finished_run_is_read_not_made_again(smoke):
         first = report.read(out).results
         assert main(["run", recipe, "--preset", "smoke", "--out", str(out)]) == 0
         assert before and {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")} == before
-        assert [r for r in report.read(out).results if "time" not in r.name] == [r for r in first if "time" not in r.name]
+        assert [r for r in report.read(out).results if "time" not in r.name] == [
+            r for r in first if "time" not in r.name
+        ]
 
 
 @pytest.mark.slow

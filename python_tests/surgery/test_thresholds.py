@@ -28,7 +28,10 @@ def network(seed: int = 0, neuron: str = "delayed", **options):
 def currents_of(snn, images, steps: int) -> dict[str, torch.Tensor]:
     """All currents of all layers, in one piece."""
     found = {}
-    hooks = [n.register_forward_pre_hook(lambda m, a, name=name: found.__setitem__(name, a[0])) for name, n in snn.neurons.items()]
+    hooks = [
+        n.register_forward_pre_hook(lambda m, a, name=name: found.__setitem__(name, a[0]))
+        for name, n in snn.neurons.items()
+    ]
     with torch.no_grad():
         snn.eval().step_logits(images, None, steps)
     for hook in hooks:
@@ -78,7 +81,9 @@ def test_scaled_weights_scale_the_threshold_and_leave_the_spikes(seed):
         for i, layer in enumerate(layers):
             layer.weight.mul_(2.0 ** (i - 1))  # powers of two: no rounding
     found, other = (surgery.balance_thresholds(n, [images], steps=40) for n in (snn, scaled))
-    for i, (a, b) in enumerate(zip(surgery.thresholds(found).values(), surgery.thresholds(other).values(), strict=True)):
+    for i, (a, b) in enumerate(
+        zip(surgery.thresholds(found).values(), surgery.thresholds(other).values(), strict=True)
+    ):
         assert b == a * 2.0 ** (i - 1)
     assert torch.equal(found.eval()(images), other.eval()(images))
     set_threshold(other, list(other.neurons.values())[0], 0.3)  # the control
@@ -112,7 +117,8 @@ def test_batches_of_every_form_and_networks_of_the_library():
 def test_refusals_of_balancing():
     snn, images = network()
     for options, text in [
-        (dict(percentile=0), "percentile must be above 0"), (dict(percentile=101), "at most 100"), (dict(scale=0), "scale must be"),
+        (dict(percentile=0), "percentile must be above 0"), (dict(percentile=101), "at most 100"), (dict(scale=0),
+        "scale must be"),
         (dict(steps=0), "steps must be"), (dict(layers=["x"]), "no neurons are called 'x'; these are body.1, body.4"),
         (dict(steps=2), "more spiking layers than steps"),
     ]:  # fmt: skip
@@ -173,7 +179,8 @@ def test_streaming_keeps_modes_and_leaves_nothing_after_an_error():
 def test_refusals_of_streaming():
     snn, images = network()
     for options, text in [
-        (dict(at=(3, 2)), "increasing"), (dict(at=(5,), steps=4), "up to steps"), (dict(chunk=0), "chunk must be"), (dict(steps=0), "steps"),
+        (dict(at=(3, 2)), "increasing"), (dict(at=(5,), steps=4), "up to steps"), (dict(chunk=0), "chunk must be"),
+        (dict(steps=0), "steps"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=text):
             surgery.stream_logits(snn, images, **options)

@@ -89,7 +89,11 @@ class Functions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.fc, self.out = nn.Conv2d(2, 4, 3, bias=False), nn.Linear(36, 8, bias=False), nn.Linear(8, 3, bias=False)
+        self.conv, self.fc, self.out = (
+            nn.Conv2d(2, 4, 3, bias=False),
+            nn.Linear(36, 8, bias=False),
+            nn.Linear(8, 3, bias=False),
+        )
 
     def forward(self, x):
         x = F.avg_pool2d(F.relu(self.conv(x)), 2)
@@ -99,7 +103,15 @@ class Functions(nn.Module):
 
 def modules(functions: Functions) -> nn.Sequential:
     return nn.Sequential(
-        functions.conv, nn.ReLU(), nn.AvgPool2d(2), nn.Dropout(0.25), nn.Flatten(), functions.fc, nn.ReLU(), nn.Identity(), functions.out
+        functions.conv,
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        functions.fc,
+        nn.ReLU(),
+        nn.Identity(),
+        functions.out,
     )
 
 
@@ -145,7 +157,12 @@ def unit_of_readout(snn) -> float:
 
 def chain(**options) -> nn.Sequential:
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(32, 48, **options), nn.ReLU(), nn.Linear(48, 48, **options), nn.ReLU(), nn.Linear(48, 5, **options)
+        nn.Flatten(),
+        nn.Linear(32, 48, **options),
+        nn.ReLU(),
+        nn.Linear(48, 48, **options),
+        nn.ReLU(),
+        nn.Linear(48, 5, **options),
     )
 
 
@@ -190,7 +207,11 @@ def test_folded_batch_normalisation_computes_what_it_did(seed):
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.body, self.out = nn.Linear(16, 24, bias=False), nn.Linear(24, 24, bias=False), nn.Linear(24, 4, bias=False)
+        self.first, self.body, self.out = (
+            nn.Linear(16, 24, bias=False),
+            nn.Linear(24, 24, bias=False),
+            nn.Linear(24, 4, bias=False),
+        )
 
     def forward(self, x):
         x = F.relu(self.first(x))
@@ -237,11 +258,17 @@ class Method(nn.Module):
 WRONG = {
     "maximum": (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), "'1': MaxPool2d.*average pooling"),
     "bias": (nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), "'1': it has a bias.*keep_biases=True"),
-    "norm": (nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1), nn.ReLU()), "'1': BatchNorm2d.*fold_batchnorm=True"),
+    "norm": (
+        nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1), nn.ReLU()),
+        "'1': BatchNorm2d.*fold_batchnorm=True",
+    ),
     "activation": (nn.Sequential(nn.Linear(3, 2, bias=False), nn.Sigmoid()), "'1': Sigmoid has no spiking form"),
     "nested": (nn.Sequential(nn.Sequential(nn.ReLU(), nn.GELU())), r"'0\.1': GELU"),
     "convolution": (nn.Sequential(nn.ReLU(), nn.Conv1d(1, 1, 1, bias=False)), "'1': Conv1d"),
-    "padding": (nn.Sequential(nn.ReLU(), nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect", bias=False)), "padding_mode='reflect'"),
+    "padding": (
+        nn.Sequential(nn.ReLU(), nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect", bias=False)),
+        "padding_mode='reflect'",
+    ),
     "flatten": (nn.Sequential(nn.ReLU(), nn.Flatten(2)), "does not flatten everything"),
     "dropout": (nn.Sequential(nn.ReLU(), nn.Dropout2d(0.1)), "'1': Dropout2d"),
     "product": (Method(lambda x: x * x), r"mul \(mul\): an operation without spiking form"),
