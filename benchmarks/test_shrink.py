@@ -3,8 +3,8 @@
 Uniform pruning by L1 of a linear ramp over the whole run to 80 % of the filters: epoch t of E keeps 1 - 0.8 t / E. The
 network is pruned and shrunk to some of these sizes, with its optimizer; a step (forward, backward, SGD with momentum)
 is timed at each. The run's share of the dense run's time is their mean over the ramp, by trapezoids, as is the share of
-products. Goal: share of time <= share of products + 0.25. What the surgery itself takes is added, one an epoch of E=100.
-Figures are CPU time of all threads; wall time is beside them.
+products. Goal: share of time <= share of products + 0.25. What the surgery itself takes is added, one an epoch of
+E=100. Figures are CPU time of all threads; wall time is beside them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_training_while_pruning(table, quick, device):
     x = torch.randn(BATCH, *SHAPE, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (BATCH,), device=device)
     jobs, macs, seconds = {}, {}, []
-    for kept in (KEPT if not quick else KEPT[::4]):
+    for kept in KEPT if not quick else KEPT[::4]:
         model, optimizer = dense()
         model.to(device)
         step_of(model, optimizer, x, y)()  # momentum to carry

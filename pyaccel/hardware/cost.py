@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # Operators of multiply-accumulates; whatever else has a formula (neurons, noise, quantisers) is none.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_convolution", "quantized_linear", "quantized_conv2d",
-            "crossbar_matmul", "_int_mm", "_scaled_mm", "_scaled_dot_product", "_flash_attention", "_efficient_attention")  # fmt: skip
+            "crossbar_matmul", "_int_mm", "_scaled_mm", "_scaled_dot_product", "_flash_attention",
+            "_efficient_attention")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Cumulative training with Net2Net, arXiv 2003.01204: a small network on few images, grown without changing what it computes.
+"""Cumulative training with Net2Net, arXiv 2003.01204: a small network, few images; both grow, the function stays.
 
 Stage by stage the network is widened or deepened and the nested share of images grows. Beside it: the same with pruning
 between the stages, the final network from scratch for as many epochs, and from scratch for as many products. The report
@@ -90,12 +90,21 @@ DESK = replace(
     lr=0.05, student_lr=0.4, attack_images=300,
 )  # fmt: skip
 DESK_DIGITS = replace(
-    DESK, train_images=None, model="vgg5", earlier=("vgg5", "vgg5"), earlier_widths=(0.5, 0.75), fractions=(0.25, 0.5, 1.0),
-    shares=(1 / 3, 1 / 3, 1 / 3), mean=None, std=None, crop_padding=0, flip=False, epochs=9, attack_eps=0.1, attack_step=0.025,
+    DESK, train_images=None, model="vgg5", earlier=("vgg5", "vgg5"), earlier_widths=(0.5, 0.75), fractions=(0.25, 0.5,
+                                                                                                            1.0),
+    shares=(1 / 3, 1 / 3, 1 / 3), mean=None, std=None, crop_padding=0, flip=False, epochs=9, attack_eps=0.1,
+    attack_step=0.025,
     noise=(0.0, 0.1, 0.2, 0.4),
 )  # fmt: skip
 SMOKE = replace(
-    DESK_DIGITS, preset="smoke", data="digits8", epochs=6, batch_size=32, attack_images=150, attack_steps=10, seeds=(0, 1)
+    DESK_DIGITS,
+    preset="smoke",
+    data="digits8",
+    epochs=6,
+    batch_size=32,
+    attack_images=150,
+    attack_steps=10,
+    seeds=(0, 1),
 )
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
@@ -147,7 +156,9 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
             else:
                 epochs = config.epochs
                 if network == "scratch_equal":
-                    epochs = max(1, round(epochs * relative_compute(stages["cumulative", seed], len(train), config.epochs)))
+                    epochs = max(
+                        1, round(epochs * relative_compute(stages["cumulative", seed], len(train), config.epochs))
+                    )
                 finals[network], stages[network, seed] = job.from_scratch(epochs)
             measured[network, seed] = measure(finals[network], train, test, config, seed)
         if "cumulative" in config.networks:
@@ -168,7 +179,9 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
 
 def check(config: Config) -> None:
     """ValueError for fields that no later check would name."""
-    check_fields(config, at_least_one=("attack_images", "attack_steps"), positive=("student_lr", "attack_eps", "attack_step"))
+    check_fields(
+        config, at_least_one=("attack_images", "attack_steps"), positive=("student_lr", "attack_eps", "attack_step")
+    )
     check_choices("networks", config.networks, NETWORKS)
     if list(config.networks) != [network for network in NETWORKS if network in config.networks]:
         raise ValueError(f"networks: expected the order {', '.join(NETWORKS)}, got {', '.join(config.networks)}")
@@ -178,11 +191,15 @@ def check(config: Config) -> None:
     for name, wanted in (("earlier_widths", stages - 1), ("fractions", stages), ("shares", stages)):
         values = getattr(config, name)
         if len(values) != wanted or not all(0 < value <= 1 for value in values):
-            raise ValueError(f"{name}: expected {wanted} shares, 0 < share <= 1, for {stages} stages, got {list(values)}")
+            raise ValueError(
+                f"{name}: expected {wanted} shares, 0 < share <= 1, for {stages} stages, got {list(values)}"
+            )
     if list(config.fractions) != sorted(config.fractions) or config.fractions[-1] != 1:
         raise ValueError(f"fractions must grow to 1, got {list(config.fractions)}")
     if not 0 <= config.prune_rate < 1 or not 0 <= config.expand_above < 1:
-        raise ValueError(f"prune_rate and expand_above must be in [0, 1), got {config.prune_rate}, {config.expand_above}")
+        raise ValueError(
+            f"prune_rate and expand_above must be in [0, 1), got {config.prune_rate}, {config.expand_above}"
+        )
     if any(level < 0 for level in config.noise):
         raise ValueError(f"noise: standard deviations are 0 or more, got {list(config.noise)}")
 
@@ -201,7 +218,9 @@ def description(config: Config, stage: int) -> Vgg:
 def build(config: Config, images: Images, seed: int, stage: int) -> nn.Module:
     """The network of a stage with new weights, drawn from `seed` alone."""
     seed_everything(seed)
-    model = models.VggNet(description(config, stage), input_shape=images.shape, classes=len(images.classes), norm="batch")
+    model = models.VggNet(
+        description(config, stage), input_shape=images.shape, classes=len(images.classes), norm="batch"
+    )
     return model.to(memory_format=torch.channels_last)
 
 
@@ -243,7 +262,8 @@ class Job:
                     model, kept = pruned_for_growth(model, config.prune_rate)
                 before = self.score(model)
                 model = grown(
-                    model, description(config, number), self.calibration(images), seed=1000 * self.seed + number, kept=kept,
+                    model, description(config, number), self.calibration(images), seed=1000 * self.seed + number,
+                    kept=kept,
                     above=config.expand_above,
                 )  # fmt: skip
                 grown_to = self.score(model)
@@ -267,7 +287,8 @@ class Job:
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [-(-epochs // 2), -(-3 * epochs // 4)], 0.1)
         history = train_classifier(
             model, images, self.test, self.config, seed=self.seed, out=self.out / part, name=f"{self.network} {name}",
-            resume=resume_from(self.out, part, self.resume), free=FREE, optimizer=optimizer, scheduler=scheduler, epochs=epochs,
+            resume=resume_from(self.out, part, self.resume), free=FREE, optimizer=optimizer, scheduler=scheduler,
+            epochs=epochs,
         )  # fmt: skip
         return sum(row["seconds"] for row in history.rows)
 
@@ -275,7 +296,9 @@ class Job:
         """A batch as training sees it."""
         config = self.config
         augment = Augment(config.crop_padding, config.flip, config.mean, config.std)
-        batches = Batches(images, min(config.batch_size, len(images)), seed=self.seed, shuffle=True, drop_last=True, augment=augment)
+        batches = Batches(
+            images, min(config.batch_size, len(images)), seed=self.seed, shuffle=True, drop_last=True, augment=augment
+        )
         return next(iter(batches.epoch(0))).images.to(device_of(config))
 
     def score(self, model: nn.Module) -> float:

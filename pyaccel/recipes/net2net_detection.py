@@ -1,4 +1,4 @@
-"""Mutual inference: do the networks of all stages agree on an image? Scores, their thresholds, and the attack that knows.
+"""Mutual inference: do the networks of all stages agree on an image? Scores, thresholds, and the attack that knows.
 
 The specification's section 6; definitions are this library's.
 """

@@ -70,8 +70,8 @@ def grown(
     blocks = blocks_of(model)
     if len(blocks) != len(wanted) or any(len(have) > len(want) for have, want in zip(blocks, wanted, strict=True)):
         raise ValueError(
-            f"cannot grow blocks of {[len(b) for b in blocks]} convolutions to {[len(w) for w in wanted]}: choose stages with "
-            "the same blocks, each at least as deep as before"
+            f"cannot grow blocks of {[len(b) for b in blocks]} convolutions to {[len(w) for w in wanted]}: choose "
+            "stages with the same blocks, each at least as deep as before"
         )
     grows = {name: (kept or {}).get(name, 1.0) > above for block in blocks for name in block}
     for have, want in zip(blocks, wanted, strict=True):
@@ -91,7 +91,9 @@ def grown(
 def _widened(model: nn.Module, name: str, width: int, seed: int) -> nn.Module:
     now = len(model.get_submodule(name).weight)
     if now > width:
-        raise ValueError(f"cannot grow {name} of {now} outputs to {width}: choose stages each at least as wide as before")
+        raise ValueError(
+            f"cannot grow {name} of {now} outputs to {width}: choose stages each at least as wide as before"
+        )
     return surgery.widen(model, name, width, seed=seed) if width > now else model
 
 
@@ -104,7 +106,8 @@ def _behind(model: nn.Module, name: str) -> str:
 def pruned_for_growth(model: nn.Module, rate: float) -> tuple[nn.Module, dict[str, float]]:
     """The network without the share `rate` of its filters that are weakest in their layers, and what each layer kept.
 
-    A filter's score is its L1 norm over the mean of its layer; the ranking is over the network. So layers keep different
+    A filter's score is its L1 norm over the mean of its layer; the ranking is over the network. So layers keep
+    different
     shares: the network finds its widths.
     """
     channels = channel_map(model, "pruned_for_growth")

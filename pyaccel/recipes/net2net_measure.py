@@ -73,7 +73,9 @@ def _order(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
-def attacked_images(model: nn.Module, x: Tensor, y: Tensor, attack: str, config: Config, seed: int, loss=None) -> Tensor:
+def attacked_images(
+    model: nn.Module, x: Tensor, y: Tensor, attack: str, config: Config, seed: int, loss=None
+) -> Tensor:
     options = {} if loss is None else {"loss": loss}
     made = []
     for start in range(0, len(x), config.batch_size):
@@ -81,7 +83,18 @@ def attacked_images(model: nn.Module, x: Tensor, y: Tensor, attack: str, config:
         if attack == "fgsm":
             made.append(attacks.fgsm(model, part, labels, config.attack_eps, **options))
         else:
-            made.append(attacks.pgd(model, part, labels, config.attack_eps, config.attack_step, config.attack_steps, seed=seed + start, **options))
+            made.append(
+                attacks.pgd(
+                    model,
+                    part,
+                    labels,
+                    config.attack_eps,
+                    config.attack_step,
+                    config.attack_steps,
+                    seed=seed + start,
+                    **options,
+                )
+            )
     return torch.cat(made)
 
 

@@ -29,10 +29,12 @@ def networks(report: Report, path: str | os.PathLike) -> None:
         for network in report.config["networks"]:
             colour, marker, dashes = STYLES[network]
             accuracy, compute = report[f"{network}/accuracy"], report[f"{network}/compute"]
-            axes[0].errorbar([compute.value], [accuracy.value], [accuracy.std or 0], color=colour, marker=marker, linestyle="none",
+            axes[0].errorbar([compute.value], [accuracy.value], [accuracy.std or 0], color=colour, marker=marker,
+                             linestyle="none",
                              markersize=8, capsize=3, label=LABELS[network])  # fmt: skip
             found = [report[f"{network}/noise/{level:g}"] for level in levels]
-            axes[1].errorbar(levels, [f.value for f in found], [f.std or 0 for f in found], linestyle=dashes, color=colour,
+            axes[1].errorbar(levels, [f.value for f in found], [f.std or 0 for f in found], linestyle=dashes,
+                             color=colour,
                              marker=marker, markersize=5, capsize=2)  # fmt: skip
         axes[0].set_xlim(left=0)
         axes[0].set_xlabel("training compute (of scratch, products)")
@@ -48,9 +50,14 @@ def detection(report: Report, path: str | os.PathLike) -> None:
     attacks = ("fgsm", "pgd", "adaptive")
     with _figure(path, 1, (7.4, 3.8)) as (figure, (axis,)):
         for place, (score, label) in enumerate(SCORES.items()):
-            there = [(x, report[f"detection/{a}/{score}/auc"]) for x, a in enumerate(attacks) if f"detection/{a}/{score}/auc" in names]
+            there = [
+                (x, report[f"detection/{a}/{score}/auc"])
+                for x, a in enumerate(attacks)
+                if f"detection/{a}/{score}/auc" in names
+            ]
             if there:
-                axis.bar([x + 0.2 * (place - 1.5) for x, _ in there], [r.value for _, r in there], 0.18, color=COLOURS[place],
+                axis.bar([x + 0.2 * (place - 1.5) for x, _ in there], [r.value for _, r in there], 0.18,
+                         color=COLOURS[place],
                          yerr=[r.std or 0 for _, r in there], capsize=2, label=label)  # fmt: skip
         axis.axhline(0.5, color="black", linewidth=1, linestyle=":")
         axis.set_xticks(range(len(attacks)), ["FGSM on the last", "PGD on the last", "adaptive, on all"])

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 UNKNOWN = "the paper's tables and settings were not at hand: only its abstract"
 MACHINE = "times are of this machine"
 LABELS = {
-    "cumulative": "cumulative", "pruned": "cumulative, pruned between stages", "scratch": "from scratch, as many epochs",
+    "cumulative": "cumulative", "pruned": "cumulative, pruned between stages",
+    "scratch": "from scratch, as many epochs",
     "scratch_equal": "from scratch, as many products",
 }  # fmt: skip
 SCORES = {
@@ -44,7 +45,9 @@ def results(
         whole = [training_compute([(images * config.epochs, full[seed])]) for seed in config.seeds]
         spent = [training_compute([(s.images * s.epochs, s.macs) for s in chain]) for chain in chains]
         add(f"{network}/accuracy", [100 * run.accuracy for run in runs], "%")
-        add(f"{network}/gap", [100 * (run.train_accuracy - run.accuracy) for run in runs], "points, training minus test")
+        add(
+            f"{network}/gap", [100 * (run.train_accuracy - run.accuracy) for run in runs], "points, training minus test"
+        )
         add(f"{network}/compute", [s / w for s, w in zip(spent, whole, strict=True)], "of scratch")
         inference = [run.macs / full[seed] for run, seed in zip(runs, config.seeds, strict=True)]
         add(f"{network}/macs", inference, "of the unpruned final network")
@@ -69,7 +72,10 @@ def results(
             add(f"detection/{attack}/accuracy", [100 * run.success[attack] for run in runs], "%")
         for number in range(len(runs[0].each_accuracy)):
             add(f"detection/network_{number + 1}/accuracy", [100 * run.each_accuracy[number] for run in runs], "%")
-        extra = [sum(s.macs for s in stages["cumulative", seed]) / stages["cumulative", seed][-1].macs - 1 for seed in config.seeds]
+        extra = [
+            sum(s.macs for s in stages["cumulative", seed]) / stages["cumulative", seed][-1].macs - 1
+            for seed in config.seeds
+        ]
         add("detection/extra_macs", extra, "of the last network")
     return found
 
@@ -106,17 +112,23 @@ def _summary(report: Report, networks) -> Section:
     for network in networks:
         rows.append((
             LABELS[network], report[f"{network}/accuracy"].text(), report[f"{network}/gap"].text(),
-            report[f"{network}/compute"].text(3), report[f"{network}/macs"].text(3), report[f"{network}/training_time"].text(0),
+            report[f"{network}/compute"].text(3), report[f"{network}/macs"].text(3),
+            report[f"{network}/training_time"].text(0),
         ))  # fmt: skip
     text = [
-        "Training compute: products of the convolutions, forward and backward, of the final network trained from scratch on "
-        f"all images for {report.config['epochs']} epochs. Inference MACs: of the unpruned final network; reduced by 1 minus "
-        "that. Gap: accuracy on training images minus test. "
-        "As many products: the comparison that the number of epochs hides, since stages on few images see few.",
+        "Training compute: products of the convolutions, forward and backward, of the final network trained from "
+        f"scratch on all images for {report.config['epochs']} epochs. Inference MACs: of the unpruned final network; "
+        "reduced by 1 minus that. Gap: accuracy on training images minus test. As many products: the comparison that "
+        "the number of epochs hides, since stages on few images see few.",
     ]
     if report[f"{networks[0]}/accuracy"].n == 1:
         text.append("One seed: no spread is known, and differences of a point mean little.")
-    return Section("Accuracy and compute", text, rows, [("networks.png", "Test accuracy over training compute; accuracy under noise.")])
+    return Section(
+        "Accuracy and compute",
+        text,
+        rows,
+        [("networks.png", "Test accuracy over training compute; accuracy under noise.")],
+    )
 
 
 def _growth(report: Report, network: str) -> Section:
@@ -124,7 +136,8 @@ def _growth(report: Report, network: str) -> Section:
     for number in range(1, len(report.config["fractions"]) + 1):
         name = f"{network}/stage_{number}"
         before = ("", "") if number == 1 else (report[f"{name}/before"].text(), report[f"{name}/grown"].text())
-        rows.append((str(number), *(f"{report[f'{name}/{key}'].value:,.0f}" for key in ("images", "epochs", "macs")), *before,
+        rows.append((str(number), *(f"{report[f'{name}/{key}'].value:,.0f}" for key in ("images", "epochs", "macs")),
+                     *before,
                      report[f"{name}/accuracy"].text()))  # fmt: skip
     text = "Before growth and right after it must be equal: growth does not change what a network computes."
     if network == "pruned":
@@ -140,16 +153,23 @@ def _noise(report: Report, networks) -> Section:
         rows.append((LABELS[network], *cells, *(report[f"{network}/attack/{a}"].text() for a in ("fgsm", "pgd"))))
     config = report.config
     text = (
-        "Accuracy with Gaussian noise added to pixels in 0..1 (all test images), and under attacks with full knowledge of the "
-        f"network itself ({config['attack_images']} images; largest change {config['attack_eps']:.4g}, PGD {config['attack_steps']} "
-        "steps). Nothing here is random, so there is no gradient to average; an accuracy under PGD above the one under FGSM "
-        "would show a masked gradient."
+        "Accuracy with Gaussian noise added to pixels in 0..1 (all test images), and under attacks with full "
+        f"knowledge of the network itself ({config['attack_images']} images; largest change "
+        f"{config['attack_eps']:.4g}, PGD {config['attack_steps']} steps). Nothing here is random, so there is no "
+        "gradient to average; an accuracy under PGD above the one under FGSM would show a masked gradient."
     )
     return Section("Noise and attacks", [text], rows)
 
 
 def _detection(report: Report) -> Section:
-    rows = [("score", *(f"{attack}: {what}" for attack in ("FGSM", "PGD", "adaptive") for what in ("AUC", "found, %")), "clean, %", "noise, %")]
+    rows = [
+        (
+            "score",
+            *(f"{attack}: {what}" for attack in ("FGSM", "PGD", "adaptive") for what in ("AUC", "found, %")),
+            "clean, %",
+            "noise, %",
+        )
+    ]
     names = {result.name for result in report.results}
     for score, label in SCORES.items():
         if f"detection/clean/{score}/rate" not in names:
@@ -160,30 +180,42 @@ def _detection(report: Report) -> Section:
             there = f"{name}/auc" in names
             cells += [report[f"{name}/auc"].text(3), report[f"{name}/rate"].text(1)] if there else ["", ""]
         rows.append((label, *cells, *(report[f"detection/{what}/{score}/rate"].text(1) for what in ("clean", "noise"))))
-    accuracies = ", ".join(f"{report[f'detection/{a}/accuracy'].text(1)} % under {a}" for a in ("fgsm", "pgd", "adaptive"))
+    accuracies = ", ".join(
+        f"{report[f'detection/{a}/accuracy'].text(1)} % under {a}" for a in ("fgsm", "pgd", "adaptive")
+    )
     text = [
-        "FGSM and PGD are made on the last network and shown to all; the adaptive attack knows all networks: it ascends their mean "
-        "cross entropy minus their disagreement. Found: share above the threshold that flags 5 % of other clean images; clean and "
-        "noise (0.1): false alarms. A score is worth something only above the last network's own 1 - max p.",
-        f"Accuracy of the last network: {report['detection/clean/accuracy'].text(1)} % on these images, {accuracies}. All networks "
-        f"together cost {report['detection/extra_macs'].text()} times the last one's products more.",
+        "FGSM and PGD are made on the last network and shown to all; the adaptive attack knows all networks: it "
+        "ascends their mean cross entropy minus their disagreement. Found: share above the threshold that flags 5 % "
+        "of other clean images; clean and noise (0.1): false alarms. A score is worth something only above the last "
+        "network's own 1 - max p.",
+        f"Accuracy of the last network: {report['detection/clean/accuracy'].text(1)} % on these images, {accuracies}. "
+        f"All networks together cost {report['detection/extra_macs'].text()} times the last one's products more.",
     ]
-    return Section("Detection by mutual inference", text, rows, [("detection.png", "Area under the ROC curve by attack and score.")])
+    return Section(
+        "Detection by mutual inference",
+        text,
+        rows,
+        [("detection.png", "Area under the ROC curve by attack and score.")],
+    )
 
 
 def _method(report: Report) -> Section:
     config = report.config
-    chain = ", ".join(f"{n} ({w:g})" for n, w in zip([*config["earlier"], config["model"]], [*config["earlier_widths"], 1], strict=True))
+    chain = ", ".join(
+        f"{n} ({w:g})"
+        for n, w in zip([*config["earlier"], config["model"]], [*config["earlier_widths"], 1], strict=True)
+    )
     return Section(
         "How it was measured",
         [
             f"Stages {chain} at width {config['width']:g}, data {config['data'] or 'PYACCEL_DATA'}"
             + (f" ({config['train_images']:,} training images)" if config["train_images"] else "")
-            + f", shares of the images {', '.join(f'{f:g}' for f in config['fractions'])}, nested and class-balanced; seeds "
-            f"{', '.join(map(str, config['seeds']))}. A new optimizer for each stage; later ones start at {config['student_lr']:g} "
-            "of the first learning rate. Widening splits unevenly, inserted layers are calibrated on a training batch.",
-            "Stages, schedule, pruning rule and detectors are this library's definitions: the paper's were not at hand. The "
-            "last epoch is reported. What the abstract claims at another scale (as accurate at half the compute, more robust to "
-            "noise, better detection) is measured here, not assumed.",
+            + f", shares of the images {', '.join(f'{f:g}' for f in config['fractions'])}, nested and class-balanced; "
+            f"seeds {', '.join(map(str, config['seeds']))}. A new optimizer for each stage; later ones start at "
+            f"{config['student_lr']:g} of the first learning rate. Widening splits unevenly, inserted layers are "
+            "calibrated on a training batch.",
+            "Stages, schedule, pruning rule and detectors are this library's definitions: the paper's were not at "
+            "hand. The last epoch is reported. What the abstract claims at another scale (as accurate at half the "
+            "compute, more robust to noise, better detection) is measured here, not assumed.",
         ],
     )

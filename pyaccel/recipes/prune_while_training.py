@@ -127,7 +127,9 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
         def trained(kind: str, rate: float, model: nn.Module, seed: int = seed, **options) -> nn.Module:
             part = f"{kind}/seed-{seed}" if kind == "dense" else f"{kind}/rate-{rate:g}/seed-{seed}"
             pruner = Pruner(config, model, kind if kind in CRITERIA else "l1", rate if kind in CRITERIA else 0.0, seed)
-            final, one = train_one(config, train, test, pruner, out, part, resume_from(out, part, resume), seed, **options)
+            final, one = train_one(
+                config, train, test, pruner, out, part, resume_from(out, part, resume), seed, **options
+            )
             measured[kind, rate, seed] = one
             return final
 
@@ -141,7 +143,11 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
             if "scratch" in config.comparators:
                 trained("scratch", rate, anew(small, seed))
     report = Report(
-        "prune_while_training", config.preset, asdict(config), environment(device_of(config)), results(config, measured, train.shape)
+        "prune_while_training",
+        config.preset,
+        asdict(config),
+        environment(device_of(config)),
+        results(config, measured, train.shape),
     )
     if plots.available():
         from pyaccel.recipes.prune_while_training_plots import draw
@@ -161,7 +167,9 @@ def check(config: Config) -> None:
         check_choices("comparators", config.comparators, COMPARATORS)
     check_choices("rates", config.rates)
     if not all(0 < rate < 1 for rate in config.rates):
-        raise ValueError(f"rates are shares of the filters between 0 and 1, got {list(config.rates)}; dense training is always part")
+        raise ValueError(
+            f"rates are shares of the filters between 0 and 1, got {list(config.rates)}; dense training is always part"
+        )
     if config.mode not in MODES:
         raise ValueError(f"mode must be shrink or mask, got {config.mode!r}")
     if config.coupled not in ("leave", "joint"):
@@ -238,7 +246,8 @@ class Pruner:
             means = surgery.activation_means(trainer.model)
             surgery.unwatch_activations(trainer.model)
         model, optimizer = surgery.prune_filters(
-            trainer.model, self.rate * share, self.criterion, widths=self.widths, coupled=config.coupled, activations=means,
+            trainer.model, self.rate * share, self.criterion, widths=self.widths, coupled=config.coupled,
+            activations=means,
             seed=1000 * self.seed + epoch, optimizer=trainer.optimizer,
         )  # fmt: skip
         if config.mode == "shrink":

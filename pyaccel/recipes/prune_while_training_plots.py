@@ -14,6 +14,7 @@ from pyaccel.recipes.report import Report
 if TYPE_CHECKING:
     from pyaccel.recipes.prune_while_training import Measurement
 
+NAMES = {"filters": "filters", "macs": "products"}
 STYLES = {  # kind: colour, marker, dashes
     "l1": ("#0072B2", "o", "-"), "activation": ("#009E73", "^", "--"), "random": ("#5F5F5F", "s", ":"),
     "one_shot": ("#D55E00", "D", "-."), "scratch": ("#E69F00", "v", "--"),
@@ -55,7 +56,7 @@ def widths(report: Report, measured: Mapping[tuple[str, float, int], Measurement
             for count, dashes in (("filters", "--"), ("macs", "-")):
                 values = [100 * figures[count] / dense[count] for _, figures in epochs]
                 axis.step(range(1, len(values) + 1), values, dashes, where="mid", color=colours[number % len(colours)],
-                          label=f"{100 * rate:g} % pruned: {'filters' if count == 'filters' else 'products'}")  # fmt: skip
+                          label=f"{100 * rate:g} % pruned: {NAMES[count]}")  # fmt: skip
         axis.set_ylim(0, 105)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)

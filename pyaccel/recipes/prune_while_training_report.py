@@ -16,7 +16,8 @@ UNKNOWN = "the paper's tables and its schedule were not at hand: only its abstra
 MACHINE = "times are of this machine"
 LABELS = {
     "dense": "dense", "l1": "while training, L1", "activation": "while training, mean activation",
-    "random": "while training, random", "one_shot": "one shot (L1) and retraining", "scratch": "final widths from scratch",
+    "random": "while training, random", "one_shot": "one shot (L1) and retraining",
+    "scratch": "final widths from scratch",
 }  # fmt: skip
 
 
@@ -52,12 +53,18 @@ def results(
             add(f"{name}/training_time", [run.seconds for run in runs], "s", MACHINE)
             for count in COUNTS:
                 spent = [total(run, count) + (total(base, count) if kind == "one_shot" else 0) for run, base in both]
-                add(f"{name}/compute_{count}", [s / total(base, count) for s, (_, base) in zip(spent, both, strict=True)], "of dense")
+                add(
+                    f"{name}/compute_{count}",
+                    [s / total(base, count) for s, (_, base) in zip(spent, both, strict=True)],
+                    "of dense",
+                )
                 if kind in config.criteria:
                     retraining = [base_with_retraining(run, base, count, config.retrain_epochs) for run, base in both]
                     saved = [100 * (1 - s / r) for s, r in zip(spent, retraining, strict=True)]
                     add(f"{name}/saved_{count}", saved, "%", UNKNOWN + "; 41 % there, for another schedule")
-        for count, share in planned_saving(config.model, shape, epochs=config.epochs, rate=rate, retrain=config.retrain_epochs).items():
+        for count, share in planned_saving(
+            config.model, shape, epochs=config.epochs, rate=rate, retrain=config.retrain_epochs
+        ).items():
             add(f"planned/{rate:g}/{count}", [100 * share], "%", "a calculation, not a measurement")
     return found
 
@@ -80,7 +87,16 @@ def describe(report: Report) -> list[Section]:
 
 def _accuracy(report: Report) -> Section:
     config = report.config
-    header = ("network", "filters pruned", "test accuracy, %", "loss, points", "MACs", "weights", "training compute", "training, s")
+    header = (
+        "network",
+        "filters pruned",
+        "test accuracy, %",
+        "loss, points",
+        "MACs",
+        "weights",
+        "training compute",
+        "training, s",
+    )
     dense = report["dense/accuracy"]
     rows = [header, ("dense", "0 %", dense.text(), "", "1", "1", "1", report["dense/training_time"].text(0))]
     for rate in config["rates"]:
@@ -92,13 +108,18 @@ def _accuracy(report: Report) -> Section:
                 f"{report[f'{name}/compute_macs'].value:.3f}", report[f"{name}/training_time"].text(0),
             ))  # fmt: skip
     text = [
-        "MACs, weights and training compute (forward and backward, products) count the convolutions, against the dense "
-        "network; the compute of one-shot pruning includes the dense training before it, its time does not. Loss: dense "
-        "minus pruned, networks of the same seed.",
+        "MACs, weights and training compute (forward and backward, products) count the convolutions, against the "
+        "dense network; the compute of one-shot pruning includes the dense training before it, its time does not. "
+        "Loss: dense minus pruned, networks of the same seed.",
     ]
     if dense.n == 1:
         text.append("One seed: no spread is known, and differences of a point mean little.")
-    return Section("Accuracy", text, rows, [("accuracy.png", "Test accuracy over the share of filters pruned, and over training compute.")])
+    return Section(
+        "Accuracy",
+        text,
+        rows,
+        [("accuracy.png", "Test accuracy over the share of filters pruned, and over training compute.")],
+    )
 
 
 def _savings(report: Report) -> Section:
@@ -110,10 +131,11 @@ def _savings(report: Report) -> Section:
     return Section(
         "Training saved",
         [
-            f"1 - C / C_base; C_base: dense training and {report.config['retrain_epochs']} epochs of retraining at the final "
-            "size. MACs and accesses (inputs and weights) are physical counts, in which a layer costs the product of its "
-            "kept inputs and outputs; the last column takes cost as proportional to the number of filters, which it is "
-            "not: it is here because it is one reading of the paper's single figure of 41 %, whose schedule is unknown.",
+            f"1 - C / C_base; C_base: dense training and {report.config['retrain_epochs']} epochs of retraining at "
+            "the final size. MACs and accesses (inputs and weights) are physical counts, in which a layer costs the "
+            "product of its kept inputs and outputs; the last column takes cost as proportional to the number of "
+            "filters, which it is not: it is here because it is one reading of the paper's single figure of 41 %, "
+            "whose schedule is unknown.",
         ],
         rows,
         [("widths.png", "Filters and products of the convolutions after each epoch (first seed).")],
@@ -125,8 +147,9 @@ def _plan(report: Report) -> Section:
     rows = [("filters pruned", "MACs saved, %", "accesses saved, %", "filter count saved, %")]
     rows += [(f"{100 * r:g} %", *(report[f"planned/{r:g}/{c}"].text(1) for c in COUNTS)) for r in config["rates"]]
     text = (
-        f"By calculation, for {config['model']} at full width on these images: {config['epochs']} epochs, of which epoch t "
-        f"keeps 1 - p t / {config['epochs']} of the filters, against dense training and {config['retrain_epochs']} of retraining."
+        f"By calculation, for {config['model']} at full width on these images: {config['epochs']} epochs, of which "
+        f"epoch t keeps 1 - p t / {config['epochs']} of the filters, against dense training and "
+        f"{config['retrain_epochs']} of retraining."
     )
     return Section("A ramp over the whole run", [text], rows)
 
@@ -139,10 +162,12 @@ def _method(report: Report) -> Section:
         [
             f"Network {config['model']}, width {config['width']:g}, data {config['data'] or 'PYACCEL_DATA'}"
             + (f" ({config['train_images']:,} training images)" if config["train_images"] else "")
-            + f", {config['epochs']} epochs, seeds {', '.join(map(str, config['seeds']))}; mode {config['mode']}. All kinds "
-            "of a seed start from the same weights (from scratch: of the final widths) and see the same batches.",
-            f"Filters go at the end of epochs {config['first_epoch']} to {last} (from 0), every {config['interval']}, the "
-            "removed share rising linearly; the same share of every convolution, ranked within it. Schedule and criteria "
-            "are this library's definitions: the paper's were not at hand. The last epoch is reported, on every test image once.",
+            + f", {config['epochs']} epochs, seeds {', '.join(map(str, config['seeds']))}; mode {config['mode']}. All "
+            "kinds of a seed start from the same weights (from scratch: of the final widths) and see the same "
+            "batches.",
+            f"Filters go at the end of epochs {config['first_epoch']} to {last} (from 0), every {config['interval']}, "
+            "the removed share rising linearly; the same share of every convolution, ranked within it. Schedule and "
+            "criteria are this library's definitions: the paper's were not at hand. The last epoch is reported, on "
+            "every test image once.",
         ],
     )

@@ -28,7 +28,9 @@ def planned_saving(
     for layer in cost(network, input_shape).convolutions().layers:
         convolution = network.get_submodule(layer.name)
         inputs, outputs = convolution.in_channels, convolution.out_channels
-        layers.append((inputs, outputs, layer.weights // (inputs * outputs), layer.macs // layer.weights, layer.inputs // inputs))
+        layers.append(
+            (inputs, outputs, layer.weights // (inputs * outputs), layer.macs // layer.weights, layer.inputs // inputs)
+        )
 
     def width(channels: int, kept: float) -> int:
         return max(1, round(kept * channels))

@@ -32,7 +32,9 @@ def activation_means(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, module in _last_modules(model).items():
         if not hasattr(module, TOTAL) or not int(getattr(module, COUNT)):
-            raise ValueError(f"activation_means: nothing was collected for {name}; call watch_activations(model), then train")
+            raise ValueError(
+                f"activation_means: nothing was collected for {name}; call watch_activations(model), then train"
+            )
         found[name] = getattr(module, TOTAL) / getattr(module, COUNT)
     return found
 

@@ -24,7 +24,8 @@ SAME_MODULES = (
     nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
 )  # fmt: skip
 SAME_FUNCTIONS = (
-    F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, F.hardtanh, torch.relu, torch.sigmoid, torch.tanh,
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, F.hardtanh, torch.relu, torch.sigmoid,
+    torch.tanh,
     F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.interpolate, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
     F.sigmoid, F.tanh, operator.neg, torch.abs, torch.clamp,
 )  # fmt: skip
@@ -64,7 +65,8 @@ class Space:
 @dataclass(frozen=True)
 class Layout:
     """Channels of one tensor, spaces side by side, each with `block` values of an image (None: not known). Once flat,
-    these are neighbouring features; the layouts that `ChannelMap` holds have as many features a channel as the layer."""
+    these are neighbouring features; the layouts that `ChannelMap` holds have as many features a channel as the
+    layer."""
 
     parts: tuple[Space, ...]
     flat: bool | None = False
@@ -114,7 +116,7 @@ class ChannelMap:
 
 
 def channel_map(model: nn.Module, op: str) -> ChannelMap:
-    """Follow the channels of `model`, which takes one tensor. ValueError, in the name of `op`, if fx cannot trace it."""
+    """Follow the channels of `model`, which takes one tensor. ValueError, naming `op`, if fx cannot trace it."""
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # whatever a user's forward raises on symbols
@@ -182,7 +184,9 @@ class _Follower:
 
     def _call(self, node: fx.Node, what) -> Layout | None:
         x = self._layout(node.args[0]) if node.args else None
-        label = f"{what if isinstance(what, str) else getattr(what, '__name__', what)} (node {node.name!r} of the graph)"
+        label = (
+            f"{what if isinstance(what, str) else getattr(what, '__name__', what)} (node {node.name!r} of the graph)"
+        )
         if what in NO_TENSORS:
             return None
         if what in JOINS:
@@ -192,7 +196,10 @@ class _Follower:
         if x is None or len([a for a in node.all_input_nodes if self.values.get(a) is not None]) != 1:
             return self._unknown(node, label)
         arguments = node.args[1:]
-        if what in (torch.flatten, "flatten") and (arguments, dict(node.kwargs)) in (((1,), {}), ((), {"start_dim": 1})):
+        if what in (torch.flatten, "flatten") and (arguments, dict(node.kwargs)) in (
+            ((1,), {}),
+            ((), {"start_dim": 1}),
+        ):
             return _flattened(x)
         if what in ("view", "reshape", torch.reshape) and len(arguments) == 2 and arguments[1] == -1:
             return _flattened(x)

@@ -35,8 +35,8 @@ def widen(
 
     Args:
         layer: qualified name of a convolution or linear layer.
-        split: "uneven": shares drawn from u_j / sum u, u ~ U(0.5, 1.5), so that copies learn apart; "even": 1/c, as in the
-            paper: copies then have the same gradients for ever, unless something else (dropout, noise) parts them.
+        split: "uneven": shares drawn from u_j / sum u, u ~ U(0.5, 1.5), so that copies learn apart; "even": 1/c, as in
+            the paper: copies then have the same gradients for ever, unless something else (dropout, noise) parts them.
         optimizer: carried along: state of copies is copied by g, undivided.
 
     Returns:
@@ -47,12 +47,16 @@ def widen(
     """
     channels = channel_map(model, "widen")
     if layer not in channels.writes:
-        raise ValueError(f"widen: the model uses no convolution or linear layer {layer!r}; it has {', '.join(channels.writes)}")
+        raise ValueError(
+            f"widen: the model uses no convolution or linear layer {layer!r}; it has {', '.join(channels.writes)}"
+        )
     space = channels.writes[layer].root()
     if space.frozen:
         raise ValueError(f"widen: cannot widen {layer}: its channels are fixed: {space.frozen}")
     if width < space.size:
-        raise ValueError(f"widen: {layer} has {space.size} outputs already, got width {width}; prune_filters makes it smaller")
+        raise ValueError(
+            f"widen: {layer} has {space.size} outputs already, got width {width}; prune_filters makes it smaller"
+        )
     if split not in ("uneven", "even"):
         raise ValueError(f"widen: split must be uneven or even, got {split!r}")
     generator = torch.Generator().manual_seed(seed)
@@ -105,7 +109,7 @@ def deepen(
         `optimizer`, (copy, new optimizer).
 
     Raises:
-        ValueError: an unknown name; no ReLU behind it, or one that is a function or used more than once; no calibration.
+        ValueError: an unknown name; no ReLU behind it, or one that is a function or used twice; no calibration.
     """
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"deepen: kernel must be odd, got {kernel}")
@@ -152,10 +156,12 @@ def _relu_of(model: nn.Module, channels: ChannelMap, after: str) -> fx.Node:
     while node.op != "call_module" or type(modules[node.target]) is not nn.ReLU:
         passes = node.op == "call_module" and type(modules[node.target]) in (nn.Conv2d, nn.Linear, *CARRIERS)
         if not passes or len(node.users) != 1:
-            found = f"{len(node.users)} readers" if passes else str(node.target if node.op == "call_module" else node.name)
+            found = (
+                f"{len(node.users)} readers" if passes else str(node.target if node.op == "call_module" else node.name)
+            )
             raise ValueError(
-                f"deepen: {after} is not followed by a ReLU of its own but by {found}; only behind nn.ReLU, a module, is "
-                "an inserted layer without effect"
+                f"deepen: {after} is not followed by a ReLU of its own but by {found}; only behind nn.ReLU, a module, "
+                "is an inserted layer without effect"
             )
         (node,) = node.users
     if sum(n.op == "call_module" and modules[n.target] is modules[node.target] for n in channels.graph.nodes) > 1:

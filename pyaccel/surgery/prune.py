@@ -1,9 +1,9 @@
 """`prune_filters`: the filters of least worth set to zero for good; `shrink` then takes them out.
 
-The criteria of 2003.02800 (abstract; the definitions are this library's, specification section 2): L1 norm of a filter's
-weights, mean activation, random. Ranking is within a layer. A filter is pruned hard: its weights, bias and affine
-normalisation become zero, what later layers make of its channel becomes zero, and so does the optimizer's state of all
-that. Clearing the state is what matters: gradients of such a filter are zero, momentum would revive it.
+The criteria of 2003.02800 (abstract; the definitions are this library's, specification section 2): L1 norm of a
+filter's weights, mean activation, random. Ranking is within a layer. A filter is pruned hard: its weights, bias and
+affine normalisation become zero, what later layers make of its channel becomes zero, and so does the optimizer's state
+of all that. Clearing the state is what matters: gradients of such a filter are zero, momentum would revive it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def prune_filters(
     """A copy of `model` in which a share `rate` of the filters of each convolution is zero; earlier zeros count.
 
     Args:
-        rate: 0..1, for every convolution, or {layer: rate} for those to prune (linear layers may be among them). A layer
-            of O filters loses round(O rate) in all, but keeps `min_keep`. Never revives one.
+        rate: 0..1, for every convolution, or {layer: rate} for those to prune (linear layers may be among them). A
+            layer of O filters loses round(O rate) in all, but keeps `min_keep`. Never revives one.
         criterion: "l1": sum |w| of the filter, without bias and normalisation; "activation": `activations[layer]`, as
             `activation_means` collects; "random": uniform among the survivors, by `seed` and the layer's name.
         widths: O of each layer where `model` has been shrunk before; default: what the layers have now.
@@ -48,9 +48,9 @@ def prune_filters(
         optimizer: the one that trains `model`.
 
     Returns:
-        The copy; with `optimizer`, (copy, new optimizer): of the same class, with the groups and state of the old one, the
-        state of pruned filters zero. It holds them at zero after every step (`hold_pruned`). A scheduler has to be told
-        of it: `scheduler.optimizer = optimizer`, or a new one.
+        The copy; with `optimizer`, (copy, new optimizer): of the same class, with the groups and state of the old one,
+        the state of pruned filters zero. It holds them at zero after every step (`hold_pruned`). A scheduler has to be
+        told of it: `scheduler.optimizer = optimizer`, or a new one.
 
     Raises:
         ValueError: a convolution that cannot be pruned, by name and reason (grouped; its channels pass through an
@@ -84,7 +84,7 @@ def prune_filters(
 def hold_pruned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Keep every pruned filter of `model` at zero, in parameters and state, now and after each step of `optimizer`.
 
-    `prune_filters` does so for the optimizer that it returns; needed again for one that was made anew from a checkpoint.
+    `prune_filters` does so for the optimizer that it returns; needed again for one made anew for a checkpoint.
     """
     channels = channel_map(model, "hold_pruned")
     chosen = {space: gone.nonzero()[:, 0] for space, gone in dead_channels(model, channels).items()}
@@ -153,12 +153,15 @@ def _rates(model, channels: ChannelMap, rate, skip, coupled) -> dict[str, float]
     for name in (*skip, *(rate if isinstance(rate, Mapping) else ())):
         if name not in channels.writes:
             raise ValueError(
-                f"prune_filters: the model uses no convolution or linear layer {name!r}; it has {', '.join(channels.writes)}"
+                f"prune_filters: the model uses no convolution or linear layer {name!r}; it has "
+                f"{', '.join(channels.writes)}"
             )
     rates, refused = {}, []
     for name, space in channels.writes.items():
         root, named = space.root(), isinstance(rate, Mapping) and name in rate
-        if name in skip or (not named and (isinstance(rate, Mapping) or type(model.get_submodule(name)) is not nn.Conv2d)):
+        if name in skip or (
+            not named and (isinstance(rate, Mapping) or type(model.get_submodule(name)) is not nn.Conv2d)
+        ):
             continue
         if root.frozen and (named or root.frozen != "they are the output of the model"):
             refused.append(f"{name} (its channels are fixed: {root.frozen})")

@@ -100,12 +100,12 @@ def carried_optimizer(
     *,
     beside: Mapping[str, str] | None = None,
 ) -> torch.optim.Optimizer:
-    """A new optimizer of the same class over the parameters of `new`, with the groups, settings and state of `optimizer`.
+    """A new optimizer of the same class over the parameters of `new`, with groups, settings and state of `optimizer`.
 
     State of a parameter's shape (momentum, second moments) moves as the parameter did; other state is copied.
     beside: new parameters that `old` has not, each with the old one whose group it enters, without state.
-    ValueError for a parameter of the optimizer that `old` does not have (it would be trained no more), and for state that
-    cannot be moved because it has another shape than its parameter.
+    ValueError for a parameter of the optimizer that `old` does not have (it would be trained no more), and for state
+    that cannot be moved because it has another shape than its parameter.
     """
     names = {id(p): name for name, p in old.named_parameters()}
     strangers = sum(id(p) not in names for group in optimizer.param_groups for p in group["params"])
@@ -130,7 +130,8 @@ def carried_optimizer(
             if p in optimizer.state:
                 where = f"{op}: the state of {type(optimizer).__name__} for {name}"
                 state[new_ones[name]] = {
-                    key: _moved(value, p, by_name.get(name, []), f"{where}, {key},") for key, value in optimizer.state[p].items()
+                    key: _moved(value, p, by_name.get(name, []), f"{where}, {key},")
+                    for key, value in optimizer.state[p].items()
                 }
         named = group.get("param_names") is not None
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -150,8 +151,10 @@ def _moved(value, parameter: Tensor, moves: list[tuple[int, Tensor]], what: str)
             value = taken(value, dim, index)
         return value
     shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    raise ValueError(f"{what} cannot follow the channels: expected the shape {list(parameter.shape)}, got {shape}; use SGD, "
-                     "Adam or another optimizer with such state, or make a new one")  # fmt: skip
+    raise ValueError(
+        f"{what} cannot follow the channels: expected the shape {list(parameter.shape)}, got {shape}; use SGD, Adam or "
+        "another optimizer with such state, or make a new one"
+    )
 
 
 def zero(model: nn.Module, optimizer: torch.optim.Optimizer | None, dead: Places) -> None:

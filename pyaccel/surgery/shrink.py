@@ -46,7 +46,9 @@ def like_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """
     own = model.state_dict()
     if own.keys() != tensors.keys():
-        raise ValueError(f"like_tensors: expected the names of the model, got others: {sorted(own.keys() ^ tensors.keys())}")
+        raise ValueError(
+            f"like_tensors: expected the names of the model, got others: {sorted(own.keys() ^ tensors.keys())}"
+        )
     made = copy.deepcopy(model)
     for name, value in tensors.items():
         owner, _, key = name.rpartition(".")

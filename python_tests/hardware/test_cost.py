@@ -52,7 +52,10 @@ def test_uniform_widths():
     assert [round(c.macs / dense.macs, 4) for c in found] == [0.6401, 0.4919, 0.3609, 0.2514, 0.1617, 0.0909, 0.0411]
     ratios = [round(c.accesses / dense.accesses, 4) for c in found]
     assert ratios == [0.6431, 0.4918, 0.3629, 0.2532, 0.1633, 0.0932, 0.0419]
-    wide = cost(meta("vgg16", 224), (3, 224, 224)).convolutions(), cost(meta("vgg16", 224, width=0.5), (3, 224, 224)).convolutions()
+    wide = (
+        cost(meta("vgg16", 224), (3, 224, 224)).convolutions(),
+        cost(meta("vgg16", 224, width=0.5), (3, 224, 224)).convolutions(),
+    )
     assert [round(getattr(wide[1], n) / getattr(wide[0], n), 4) for n in ("macs", "accesses")] == [0.2514, 0.3486]
 
 
@@ -76,7 +79,11 @@ def test_a_layer_used_twice_and_functional_products_count():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.shared, self.basis, self.mix = nn.Linear(8, 8), nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(2, 3))
+            self.shared, self.basis, self.mix = (
+                nn.Linear(8, 8),
+                nn.Parameter(torch.randn(3, 8)),
+                nn.Parameter(torch.randn(2, 3)),
+            )
 
         def forward(self, x):
             return F.linear(F.linear(self.shared(self.shared(x)), self.basis), self.mix)

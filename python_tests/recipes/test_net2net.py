@@ -40,7 +40,12 @@ def vgg(name: str, width: float = 0.08) -> nn.Module:
 
 def test_subsets_are_nested_and_balanced():
     labels = torch.arange(10).repeat(23).sort().values
-    images = ImageSet(torch.arange(230, dtype=torch.uint8).view(230, 1, 1, 1).repeat(1, 1, 2, 2), labels, [str(i) for i in range(10)], "t")
+    images = ImageSet(
+        torch.arange(230, dtype=torch.uint8).view(230, 1, 1, 1).repeat(1, 1, 2, 2),
+        labels,
+        [str(i) for i in range(10)],
+        "t",
+    )
     parts = [nested(images, fraction) for fraction in (0.1, 0.25, 0.5, 1.0)]
     assert [len(part) for part in parts] == [23, 58, 115, 230]
     for small, large in zip(parts, parts[1:], strict=False):
@@ -82,7 +87,9 @@ def test_layers_that_were_pruned_do_not_grow():
     assert removed == pytest.approx(0.15 * sum(len(model.get_submodule(n).weight) for n in kept), abs=len(kept))
     assert len(set(kept.values())) > 1
     limit = sorted(kept.values())[len(kept) // 2]
-    larger = grown(smaller, models.DESCRIPTIONS["vgg13"].scaled(0.3), torch.randn(8, 3, 32, 32), seed=0, kept=kept, above=limit)
+    larger = grown(
+        smaller, models.DESCRIPTIONS["vgg13"].scaled(0.3), torch.randn(8, 3, 32, 32), seed=0, kept=kept, above=limit
+    )
     for name, share in kept.items():
         grew = len(larger.get_submodule(name).weight) > len(smaller.get_submodule(name).weight)
         assert grew == (share > limit), name
@@ -127,7 +134,9 @@ def test_area_and_threshold():
     assert detection.auc(clean, clean) == 0.5 and detection.auc(torch.zeros(5), torch.zeros(3)) == 0.5
     scores = torch.arange(100.0)
     limit = detection.threshold(scores)
-    assert detection.flagged(scores, limit) == pytest.approx(0.05) and detection.flagged(torch.full((4,), 5.0), limit) == 0
+    assert (
+        detection.flagged(scores, limit) == pytest.approx(0.05) and detection.flagged(torch.full((4,), 5.0), limit) == 0
+    )
     assert detection.flagged(torch.zeros(9), detection.threshold(torch.zeros(100))) == 0
 
 
@@ -173,7 +182,9 @@ def test_growth_keeps_accuracy_to_the_sample(smoke):
 def test_the_costs_add_up(smoke):
     found = report.read(smoke)
     spent = sum(
-        found[f"cumulative/stage_{s}/images"].value * found[f"cumulative/stage_{s}/epochs"].value * found[f"cumulative/stage_{s}/macs"].value
+        found[f"cumulative/stage_{s}/images"].value
+        * found[f"cumulative/stage_{s}/epochs"].value
+        * found[f"cumulative/stage_{s}/macs"].value
         for s in (1, 2, 3)
     )
     whole = 1437 * 3 * found["scratch/stage_1/macs"].value
@@ -184,7 +195,8 @@ def test_the_costs_add_up(smoke):
 
 def test_the_report_shows_every_control(smoke):
     text = (smoke / "report.md").read_text()
-    for words in ("1 - max p, last network", "1 - max p, scratch of as many products", "adaptive", "from scratch, as many products",
+    for words in ("1 - max p, last network", "1 - max p, scratch of as many products", "adaptive",
+                  "from scratch, as many products",
                   "measured here, not assumed", "noise 0.1"):  # fmt: skip
         assert words in text
     assert {"networks.png", "detection.png"} <= {file.name for file in smoke.iterdir()}
@@ -196,7 +208,7 @@ def test_the_report_shows_every_control(smoke):
 
 
 def test_a_run_that_was_cut_short_goes_on_where_it_was(smoke, tmp_path, monkeypatch):
-    """Stopped inside the third stage: earlier ones are read, grown again to the same network, and nothing is trained twice."""
+    """Stopped inside the third stage: earlier ones are read, grown again to the same network, not trained again."""
     from pyaccel.recipes import net2net_measure
 
     arguments = ["run", "net2net", "--preset", "smoke", *TINY, "--networks", "[cumulative]", "--out", str(tmp_path)]

@@ -30,7 +30,8 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("epochs, macs_half, macs_eight, filters_eight, filters_first_half", [
-    (60, 43.3, 58.0, 41.3, 41.9), (90, 42.8, 58.2, 40.9, 40.5), (100, 42.6, 58.3, 40.8, 40.2), (160, 42.2, 58.4, 40.5, 39.2),
+    (60, 43.3, 58.0, 41.3, 41.9), (90, 42.8, 58.2, 40.9, 40.5), (100, 42.6, 58.3, 40.8, 40.2), (160, 42.2, 58.4, 40.5,
+                                                                                                39.2),
     (200, 42.1, 58.4, 40.4, 38.9),
 ])  # fmt: skip
 def test_the_specification_s_table_of_schedules(epochs, macs_half, macs_eight, filters_eight, filters_first_half):
@@ -69,7 +70,8 @@ def smoke(tmp_path_factory):
 def test_the_report_holds_every_kind_and_no_published_figure(smoke):
     found = report.read(smoke)
     assert {file.name for file in smoke.iterdir()} == {
-        "config.yaml", "report.json", "report.md", "accuracy.png", "widths.png", "dense", "l1", "activation", "random", "one_shot",
+        "config.yaml", "report.json", "report.md", "accuracy.png", "widths.png", "dense", "l1", "activation",
+        "random", "one_shot",
     }  # fmt: skip
     assert {r.published for r in found.results} == {None} and {r.n for r in found.results} == {1}
     text = (smoke / "report.md").read_text()
@@ -98,12 +100,26 @@ def test_before_the_first_pruning_all_kinds_are_the_dense_network(smoke):
 
 
 def test_masks_follow_the_same_path(smoke, tmp_path):
-    arguments = ["run", "prune_while_training", "--preset", "smoke", *TINY, "--criteria", "[l1,random]", "--comparators", "[]"]
+    arguments = [
+        "run",
+        "prune_while_training",
+        "--preset",
+        "smoke",
+        *TINY,
+        "--criteria",
+        "[l1,random]",
+        "--comparators",
+        "[]",
+    ]
     assert main([*arguments, "--mode", "mask", "--out", str(tmp_path)]) == 0
     for part in ("l1/rate-0.5/seed-0", "random/rate-0.5/seed-0"):
         masked, shrunk = rows(tmp_path / part), rows(smoke / part)
         for mine, theirs in zip(masked, shrunk, strict=True):
-            assert (mine["filters"], mine["macs"], mine["accesses"]) == (theirs["filters"], theirs["macs"], theirs["accesses"])
+            assert (mine["filters"], mine["macs"], mine["accesses"]) == (
+                theirs["filters"],
+                theirs["macs"],
+                theirs["accesses"],
+            )
             assert float(mine["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-3)
     tensors = load_checkpoint(tmp_path / "l1/rate-0.5/seed-0/checkpoints").tensors
     assert len(tensors["0.weight"]) == 6 and int((tensors["0.weight"].flatten(1).abs().sum(1) == 0).sum()) == 3
@@ -111,7 +127,17 @@ def test_masks_follow_the_same_path(smoke, tmp_path):
 
 def test_killed_after_a_pruning_and_run_again_is_undisturbed(smoke, tmp_path, monkeypatch):
     """The network has changed: the resumed one takes its sizes from the checkpoint, and ends on the same bits."""
-    arguments = ["run", "prune_while_training", "--preset", "smoke", *TINY, "--criteria", "[activation]", "--out", str(tmp_path)]
+    arguments = [
+        "run",
+        "prune_while_training",
+        "--preset",
+        "smoke",
+        *TINY,
+        "--criteria",
+        "[activation]",
+        "--out",
+        str(tmp_path),
+    ]
     whole = recipe.Pruner.after_epoch
 
     def killed(self, trainer, row, shape):
@@ -131,7 +157,10 @@ def test_killed_after_a_pruning_and_run_again_is_undisturbed(smoke, tmp_path, mo
         assert rows(tmp_path / part) == rows(smoke / part), part
         mine, theirs = (load_checkpoint(folder / part / "checkpoints") for folder in (tmp_path, smoke))
         assert all(torch.equal(value, theirs.tensors[name]) for name, value in mine.tensors.items())
-    events = [json.loads(line)["event"] for line in (tmp_path / "activation/rate-0.5/seed-0/log.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)["event"]
+        for line in (tmp_path / "activation/rate-0.5/seed-0/log.jsonl").read_text().splitlines()
+    ]
     assert events.count("start") == 1 and "resume" in events
     assert main(arguments) == 0  # nothing is trained twice
     first, again = report.read(smoke), report.read(tmp_path)
@@ -153,7 +182,20 @@ def test_wrong_fields_are_named(tmp_path, capsys):
 @pytest.mark.slow
 def test_less_than_a_point_is_lost_at_eighty_percent(tmp_path):
     """The specification's gate at its size: 14 epochs on 8x8 digits, two seeds."""
-    arguments = ["--rates", "[0.8]", "--epochs", "14", "--last_epoch", "9", "--criteria", "[l1]", "--comparators", "[]", "--model", "vgg8_crossbar"]
+    arguments = [
+        "--rates",
+        "[0.8]",
+        "--epochs",
+        "14",
+        "--last_epoch",
+        "9",
+        "--criteria",
+        "[l1]",
+        "--comparators",
+        "[]",
+        "--model",
+        "vgg8_crossbar",
+    ]
     flags = ["--width", "0.25", "--seeds", "[0,1]"]
     assert main(["run", "prune_while_training", "--preset", "smoke", *arguments, *flags, "--out", str(tmp_path)]) == 0
     assert report.read(tmp_path)["l1/0.8/loss"].value < 1.0

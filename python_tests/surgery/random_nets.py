@@ -26,7 +26,9 @@ class Block(nn.Module):
             self.right = nn.Sequential(*self._layer(choose, width, 3, 1, 1))
             self.outputs = 7 + width
         elif self.kind == "depthwise":
-            self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width), nn.ReLU())
+            self.body = nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width), nn.ReLU()
+            )
         self.pool = choose.choice([nn.Identity(), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 1, 1)])
 
     @staticmethod

@@ -21,9 +21,15 @@ def net(dtype=torch.float32, norm: bool = True) -> nn.Sequential:
     torch.manual_seed(0)
 
     def layer(inputs, outputs):
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=not norm), *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU()]
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=not norm),
+            *([nn.BatchNorm2d(outputs)] if norm else []),
+            nn.ReLU(),
+        ]
 
-    model = nn.Sequential(*layer(3, 8), nn.MaxPool2d(2), *layer(8, 12), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12 * 4, 4))
+    model = nn.Sequential(
+        *layer(3, 8), nn.MaxPool2d(2), *layer(8, 12), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12 * 4, 4)
+    )
     return live(model).to(dtype).eval()
 
 
@@ -79,7 +85,11 @@ def test_chains_of_five_on_random_networks(seed):
     for _ in range(5):
         channels = channel_map(grown, "test")
         free = [name for name, space in channels.writes.items() if not space.root().frozen]
-        relus = [n.target for n in channels.graph.nodes if n.op == "call_module" and type(grown.get_submodule(n.target)) is nn.ReLU]
+        relus = [
+            n.target
+            for n in channels.graph.nodes
+            if n.op == "call_module" and type(grown.get_submodule(n.target)) is nn.ReLU
+        ]
         if choose.random() < 0.6 and free:
             layer = choose.choice(free)
             grown = widen(grown, layer, channels.writes[layer].root().size + choose.randint(0, 5), seed=seed)
@@ -125,7 +135,9 @@ def test_even_copies_are_tied_and_uneven_ones_are_not():
         wider = widen(model, "0", 16, seed=2, split=split)
         x, y = images(1, 32)
         nn.functional.cross_entropy(wider.train()(x), y).backward()
-        source = torch.tensor([int((wider[0].weight[:8] == row).flatten(1).all(1).nonzero()[0]) for row in wider[0].weight])
+        source = torch.tensor(
+            [int((wider[0].weight[:8] == row).flatten(1).all(1).nonzero()[0]) for row in wider[0].weight]
+        )
         once = (source.bincount(minlength=8) == 2).nonzero()[:, 0]
         for unit in once.tolist():
             first, second = (source == unit).nonzero()[:, 0].tolist()
@@ -150,7 +162,9 @@ def test_sums_share_one_mapping_and_concatenations_keep_their_places():
     wider = widen(model, "features.0", 17, seed=3)
     x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
     assert error(model, wider, x) < 1e-12
-    assert [len(wider.get_submodule(n).weight) for n in ("features.0", "features.3.body.3", "features.4.body.3")] == [17] * 3
+    assert [len(wider.get_submodule(n).weight) for n in ("features.0", "features.3.body.3", "features.4.body.3")] == [
+        17
+    ] * 3
     assert wider.features[5].body[0].in_channels == wider.features[5].shortcut[0].in_channels == 17
 
 

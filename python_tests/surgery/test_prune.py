@@ -13,7 +13,8 @@ from torch import nn
 
 from pyaccel import models
 from pyaccel.surgery import (
-    activation_means, hold_pruned, like_tensors, prune_filters, pruned_filters, shrink, unwatch_activations, watch_activations,
+    activation_means, hold_pruned, like_tensors, prune_filters, pruned_filters, shrink, unwatch_activations,
+    watch_activations,
 )  # fmt: skip
 
 
@@ -25,7 +26,8 @@ def small(width: float = 0.15, name: str = "vgg11") -> nn.Module:
 def conv_net() -> nn.Module:
     torch.manual_seed(0)
     return live(nn.Sequential(
-        nn.Conv2d(3, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1, bias=False),
+        nn.Conv2d(3, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1,
+                                                                                             bias=False),
         nn.BatchNorm2d(10), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(90, 4),
     ))  # fmt: skip
 
@@ -35,7 +37,8 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.sampled_from([0.3, 0.6, 0.9]), st.sampled_from(["l1", "random"]), st.sampled_from(["leave", "joint"]),
+@given(st.integers(0, 10**6), st.sampled_from([0.3, 0.6, 0.9]), st.sampled_from(["l1", "random"]),
+       st.sampled_from(["leave", "joint"]),
        st.sampled_from(["sgd", "adamw"]))  # fmt: skip
 def test_masked_and_shrunk_networks_are_one(seed, rate, criterion, coupled, kind):
     """Same logits; after further training the same surviving weights, statistics and optimizer state (float64)."""
@@ -65,7 +68,10 @@ def test_masked_and_shrunk_networks_are_one(seed, rate, criterion, coupled, kind
             torch.testing.assert_close(value, theirs[name][key], rtol=1e-8, atol=1e-9)
     # A second pruning takes the same filters out of both.
     widths = {name: len(dict(model.named_modules())[name].weight) for name in pruned_filters(model)}
-    twice = [prune_filters(m, max(rate, 0.8), criterion, coupled=coupled, widths=widths, seed=seed + 1) for m in (masked, shrunk)]
+    twice = [
+        prune_filters(m, max(rate, 0.8), criterion, coupled=coupled, widths=widths, seed=seed + 1)
+        for m in (masked, shrunk)
+    ]
     for a, b in zip(shrink(twice[0]).parameters(), shrink(twice[1]).parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert before.keys() == model.state_dict().keys()  # and the first model is as it was when it was pruned
@@ -176,7 +182,9 @@ def test_a_second_pruning_counts_the_first_and_never_revives():
 def test_random_is_stable_by_seed_and_differs_between_layers():
     model = conv_net()
     first, again, other = (pruned_filters(prune_filters(model, 0.5, "random", seed=s)) for s in (1, 1, 2))
-    assert all(torch.equal(first[n], again[n]) for n in first) and any(not torch.equal(first[n], other[n]) for n in first)
+    assert all(torch.equal(first[n], again[n]) for n in first) and any(
+        not torch.equal(first[n], other[n]) for n in first
+    )
     assert not torch.equal(first["0"], first["3"])
 
 
@@ -217,7 +225,9 @@ def test_residual_networks_prune_inner_layers_or_the_whole_sum():
     inner = prune_filters(model, 0.5)
     joint = prune_filters(model, 0.5, coupled="joint")
     assert not pruned_filters(inner)["features.0"].any()
-    sums = [name for name, gone in pruned_filters(joint).items() if gone.any() and not pruned_filters(inner)[name].any()]
+    sums = [
+        name for name, gone in pruned_filters(joint).items() if gone.any() and not pruned_filters(inner)[name].any()
+    ]
     assert "features.0" in sums and "features.3.body.3" in sums
     first = pruned_filters(joint)
     assert torch.equal(first["features.0"], first["features.3.body.3"]) and first["features.0"].sum() == 5
@@ -274,10 +284,14 @@ class Unknown(nn.Module):
 
 
 def test_what_cannot_be_pruned_is_named():
-    with pytest.raises(ValueError, match=r"cannot prune first \(its channels are fixed: they pass through norm \(GroupNorm\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot prune first \(its channels are fixed: they pass through norm \(GroupNorm\)"
+    ):
         prune_filters(Unknown(), 0.5)
     assert pruned_filters(prune_filters(Unknown(), 0.5, skip=["first"]))["second"].sum() == 4
-    grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(8 * 25, 4))
+    grouped = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(8 * 25, 4)
+    )
     with pytest.raises(ValueError, match="0 .*read by 2, a grouped convolution.*; 2 .*grouped convolution"):
         prune_filters(grouped, 0.5)
     tied = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(75, 2))
@@ -308,14 +322,17 @@ class ReadsPast(nn.Module):
 def test_weights_that_are_read_past_their_layer_or_computed_are_left_whole():
     with pytest.raises(ValueError, match="stem .*first has its first.weight read past it"):
         prune_filters(ReadsPast(), 0.5)
-    computed = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(100, 2))
+    computed = nn.Sequential(
+        nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(100, 2)
+    )
     assert list(pruned_filters(prune_filters(computed.eval(), 0.5))) == ["2", "4"]
 
 
 def test_optimizers_with_names_and_groups_keep_them_and_odd_state_is_refused():
     model = conv_net()
     named = torch.optim.SGD([{"params": [(n, p) for n, p in model.named_parameters() if p.dim() > 1], "lr": 0.1},
-                             {"params": [(n, p) for n, p in model.named_parameters() if p.dim() == 1], "weight_decay": 0.0}],
+                             {"params": [(n, p) for n, p in model.named_parameters() if p.dim() == 1],
+                              "weight_decay": 0.0}],
                             0.01, momentum=0.9, weight_decay=0.1)  # fmt: skip
     train(model, named, 1)
     smaller, carried = shrink(*prune_filters(model, 0.5, optimizer=named))
