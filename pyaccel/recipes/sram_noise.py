@@ -48,7 +48,7 @@ __all__ = ["Config", "describe", "preset", "run"]
 
 # Chips are numbered from the seed on; the selection's are other chips than those that the report is about.
 CHIPS, SELECTION_CHIP, TEST_CHIP = 1 << 16, 0, 1 << 12
-EVALUATED = 250  # images at a time, at least; no result depends on it, as every image has its own draws
+EVALUATED = 250  # images at a time, at least; every image has its own draws, but for PGD's random starts
 # Fields that change no training: a run may continue in its folder with other values of them.
 FREE = (
     "seeds", "device", "calibration_images", "test_images", "n8t", "probabilities", "screening_eps", "tolerance",
