@@ -1,5 +1,4 @@
-"""Inherent adversarial robustness of spiking networks, arXiv 2003.10399: do few time steps and a leak help, and is it
-real?
+"""Inherent adversarial robustness of spiking networks, arXiv 2003.10399: do few time steps and a leak really help?
 
 An artificial network, its conversion (SNN-Conv: no leak, many steps), a tuned spiking network (SNN-BP: leak, few steps)
 and, where asked for, one trained with BNTT are attacked by FGSM and PGD with gradients crafted from each: white-box,
@@ -11,25 +10,21 @@ the artificial network, and the worst case of all of them, image by image.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pyaccel import attacks, models, spiking_attacks
-from pyaccel.data import Batch
+from pyaccel import models
 from pyaccel.data.source import PACKAGED
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
     Images,
-    Normalised,
     check_choices,
     chosen,
     device_of,
     open_data,
-    plain_batches,
     say,
     sgd,
     train_classifier,
@@ -50,8 +45,8 @@ from pyaccel.recipes.hybrid_training import (
     tune,
 )  # fmt: skip
 from pyaccel.recipes.report import Report, write
+from pyaccel.recipes.snn_robustness_measure import Bench, agreement, controls, sweeps
 from pyaccel.recipes.snn_robustness_report import describe, results
-from pyaccel.spiking_attacks import SpikingTarget, with_surrogate
 from pyaccel.training import seed_everything
 
 __all__ = ["Config", "describe", "preset", "run"]
@@ -264,62 +259,6 @@ class Trained:
         return model
 
 
-Attack = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Bench:
-    """Attacked images and right answers, over the images that are attacked."""
-
-    config: Config
-    images: Images
-
-    def target(self, network: nn.Module, **options):
-        """What attacks differentiate: the network with its normalisation, fresh noise at each pass if it is spiking."""
-        if not hasattr(network, "encoder"):
-            return Normalised(network, self.config.mean, self.config.std).to(device_of(self.config)).eval()
-        bntt = isinstance(network, models.SpikingNetwork)
-        pieces = dict(
-            images_at_once=self.config.images_at_once, steps_at_once=None if bntt else self.config.steps_at_once
-        )
-        return SpikingTarget(network, self.config.mean, self.config.std, **pieces | options)
-
-    def fgsm(self, network: nn.Module, eps: float) -> Attack:
-        target = self.target(network)
-        module = spiking_attacks if isinstance(target, SpikingTarget) else attacks
-        return lambda x, y: module.fgsm(target, x, y, eps)
-
-    def pgd(self, network: nn.Module, eps: float, draws: int = 1) -> Attack:
-        target, steps = self.target(network), (eps, self.config.step, self.config.pgd_steps)
-        if isinstance(target, SpikingTarget):
-            return lambda x, y: spiking_attacks.pgd(target, x, y, *steps, samples=draws)
-        return lambda x, y: attacks.pgd(target, x, y, *steps)
-
-    def noise(self, eps: float) -> Attack:
-        """Random signs of the same size: what an attack must beat."""
-        generator = torch.Generator().manual_seed(1)
-        return lambda x, y: (
-            x + eps * (2.0 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x.device)
-        ).clamp(0, 1)
-
-    def made(self, attack: Attack | None) -> list[Batch]:
-        device, found = device_of(self.config), []
-        for batch in plain_batches(self.config, self.images, normalise=False).epoch(0):
-            x, y = batch.images.to(device), batch.labels.to(device)
-            found.append(Batch(x if attack is None else attack(x, y), y, batch.sample_ids.to(device)))
-        return found
-
-    @torch.no_grad()
-    def right(self, network: nn.Module, batches: list[Batch]) -> Tensor:
-        """Which images the network gets right, bool `[N]`; a spiking one with the noise that no attacker saw."""
-        target = self.target(network)
-        if isinstance(target, SpikingTarget):
-            answers = [network(target._normalised(b.images), b.sample_ids).argmax(1) == b.labels for b in batches]
-        else:
-            answers = [target(b.images).argmax(1) == b.labels for b in batches]
-        return torch.cat(answers)
-
-
 def measure(config: Config, train: Images, test: Images, seed: int, out: Path, resume: str) -> dict[str, float]:
     """Every figure of one seed by name: accuracies 0..1, cosines and agreements."""
     own, other = (Trained(config, train, test, s, out, resume) for s in (seed, seed + OTHER))
@@ -349,64 +288,4 @@ def measure(config: Config, train: Images, test: Images, seed: int, out: Path, r
         found |= controls(config, bench, own, kind, max(config.eps))
     found |= sweeps(config, bench, own)
     found |= agreement(config, bench, own, clean_images)
-    return found
-
-
-def controls(config: Config, bench: Bench, own: Trained, kind: str, eps: float) -> dict[str, float]:
-    """PGD of radius `eps` on a spiking network by other ways, and an image right only if it withstands all of them."""
-    say(f"seed {own.seed}: controls of {kind}")
-    network = own[kind]
-    ways = {"tuned surrogate": bench.pgd(network, eps), f"{config.draws} draws": bench.pgd(network, eps, config.draws)}
-    ways |= {surrogate: bench.pgd(with_surrogate(network, surrogate), eps) for surrogate in config.surrogates}
-    ways |= {"transfer from the artificial network": bench.pgd(own["ann"], eps), "fgsm": bench.fgsm(network, eps)}
-    found, worst = {}, torch.ones(len(bench.images), dtype=torch.bool, device=device_of(config))
-    for name, attack in ways.items():
-        right = bench.right(network, bench.made(attack))
-        worst &= right
-        found[f"{kind}/control/{name}"] = float(right.double().mean())
-    return found | {f"{kind}/control/worst of all": float(worst.double().mean())}
-
-
-def sweeps(config: Config, bench: Bench, own: Trained) -> dict[str, float]:
-    """FGSM on networks tuned for other steps and leaks: white-box, and transferred from the artificial network."""
-    if not config.sweep_steps and not config.sweep_leaks:
-        return {}
-    found, eps = {}, config.sweep_eps
-    clean, moved = bench.made(None), bench.made(bench.fgsm(own["ann"], eps))
-    points = [(f"steps/{steps}", steps, 1.0) for steps in config.sweep_steps]
-    points += [(f"leak/{leak:g}", config.sweep_at, leak) for leak in config.sweep_leaks]
-    for name, steps, leak in points:
-        say(f"seed {own.seed}: sweep, {name}")
-        network = own.tuned(steps, leak).to(device_of(config)).eval()
-        cases = {"clean": clean, "transfer": moved, "white": bench.made(bench.fgsm(network, eps))}
-        found |= {
-            f"sweep/{name}/{case}": float(bench.right(network, images).double().mean())
-            for case, images in cases.items()
-        }
-    return found
-
-
-def agreement(config: Config, bench: Bench, own: Trained, batches: list[Batch]) -> dict[str, float]:
-    """How alike SNN-Conv's gradients and the artificial network's are, image by image (medians), after more steps."""
-    if not config.agree_steps or "conv" not in config.networks:
-        return {}
-    target, ann, found = bench.target(own["conv"]), bench.target(own["ann"]), {}
-    images, labels = batches[0].images, batches[0].labels
-    leaf = images.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(nn.functional.cross_entropy(ann(leaf), labels), leaf)
-    for steps in config.agree_steps:
-        (first, second) = (
-            replace(target, steps=steps, draw=d).loss_and_gradient(images, labels)[1].flatten(1) for d in (0, 1)
-        )
-        same = expected.flatten(1)
-        alive = (same.abs().amax(1) > 0) & (first.abs().amax(1) > 0) & (second.abs().amax(1) > 0)
-        if not alive.any():
-            continue
-        cosine = nn.functional.cosine_similarity
-        pairs = {
-            "cosine": cosine(first, same),
-            "sign": (first.sign() == same.sign()).double().mean(1),
-            "draws": cosine(first, second),
-        }
-        found |= {f"agreement/{steps}/{name}": float(values[alive].double().median()) for name, values in pairs.items()}
     return found

@@ -14,7 +14,7 @@ from pyaccel.models.vgg import VggNet
 from pyaccel.recipes import hybrid_snn, report, snn_robustness
 from pyaccel.recipes.converted_activity import activity_of
 from pyaccel.recipes.hybrid_training import MLP, drops, read_or_make, scaled
-from pyaccel.recipes.snn_robustness import Bench
+from pyaccel.recipes.snn_robustness_measure import Bench
 
 RECIPES = {"hybrid_snn": hybrid_snn, "snn_robustness": snn_robustness}
 

@@ -57,6 +57,17 @@ def test_converted_networks_are_those_that_the_library_builds(name, neuron):
     assert all(p.grad.abs().max() > 0 for p in converted.parameters())
 
 
+@pytest.mark.parametrize("name, layers", [
+    ("vgg5_hybrid", 5), ("vgg9_hybrid", 9), ("vgg11_hybrid", 11), ("vgg16_hybrid", 15), ("vgg5_robust", 5), ("resnet12", 11),
+    ("resnet20", 19), ("resnet34_cifar", 33),
+])  # fmt: skip
+@pytest.mark.parametrize("side", [32, 64])
+def test_every_network_of_the_kind_converts(name, layers, side):
+    ann = models.build(name, classes=10, spiking=False, width=0.05, input_shape=(3, side, side))
+    network = surgery.to_spiking(ann, steps=2)
+    assert len(network.neurons) == layers and network(torch.rand(1, 3, side, side)).shape == (1, 10)
+
+
 def test_layers_keep_bits_of_their_spikes():
     kinds = {m.kind for m in pair("vgg5_hybrid", "stdb")[1].modules() if isinstance(m, (SpikeConv2d, SpikeLinear))}
     assert kinds == {"signed", "binary", "pooled"}
