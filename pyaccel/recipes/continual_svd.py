@@ -94,11 +94,11 @@ MINI_IMAGENET = replace(
 )  # fmt: skip
 FIVE = replace(PAPER, protocol="sets", crop_padding=0, flip=False, growth="full", seeds=(1,))
 DESK = replace(
-    PAPER, preset="desk", size=32, width=0.5, batch_size=16, epochs=15, lr=2e-3, mean=(0.480, 0.446, 0.393),
+    PAPER, preset="desk", size=32, width=0.25, batch_size=16, epochs=10, lr=2e-3, mean=(0.480, 0.446, 0.393),
     std=(0.256, 0.247, 0.261), seeds=(1,), methods=("svd", "individual", "sequential"),
 )  # fmt: skip
 DESK_SETS = replace(
-    FIVE, preset="desk", width=0.5, train_images=2_000, watch_images=500, epochs=12, sets=("mnist", "usps", "fashion_mnist"),
+    FIVE, preset="desk", width=0.25, train_images=2_000, watch_images=500, epochs=8, sets=("mnist", "usps", "fashion_mnist"),
     methods=METHODS,
 )  # fmt: skip
 DESK_DIGITS = replace(DESK, size=None, tasks=5, mean=None, std=None, crop_padding=0, flip=False)

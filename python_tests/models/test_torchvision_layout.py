@@ -69,9 +69,9 @@ def theirs(blocks=(2, 2, 2, 2), bottleneck=False):
 @pytest.mark.parametrize("name, blocks, bottleneck", [("resnet18", (2, 2, 2, 2), False), ("resnet50", (3, 4, 6, 3), True)])
 def test_the_same_logits(name, blocks, bottleneck):
     net = theirs(blocks, bottleneck)
-    model = models.build(name, classes=7, input_shape=(3, 96, 96)).eval()
+    model = models.build(name, classes=7, input_shape=(3, 72, 72)).eval()
     models.load_torchvision(model, net.state_dict())
-    images = torch.randn(2, 3, 96, 96)
+    images = torch.randn(1, 3, 72, 72)
     with torch.no_grad():
         torch.testing.assert_close(model(images), net(images), rtol=1e-4, atol=1e-4)
 
@@ -83,7 +83,7 @@ def test_files_with_and_without_read_out(tmp_path):
     torch.save(state, tmp_path / "w.pth")
     torch.save({"state_dict": state}, tmp_path / "wrapped.pth")
     for file in ("w.safetensors", "w.pth", "wrapped.pth"):
-        model = models.build("resnet18", classes=3, input_shape=(3, 96, 96))
+        model = models.build("resnet18", classes=3, input_shape=(3, 72, 72))
         before = model.readout.weight.detach().clone()
         models.load_torchvision(model, tmp_path / file, readout=False)
         assert torch.equal(model.features[0].weight, net.conv1.weight) and torch.equal(model.readout.weight, before)
@@ -91,7 +91,7 @@ def test_files_with_and_without_read_out(tmp_path):
 
 def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
     state = theirs().state_dict()
-    model = models.build("resnet18", classes=3, input_shape=(3, 96, 96))
+    model = models.build("resnet18", classes=3, input_shape=(3, 72, 72))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"other shapes: fc\.weight \(file \[7, 512\], model \[3, 512\]\), fc\.bias"):
         models.load_torchvision(model, state)
