@@ -108,6 +108,8 @@ def test_momentum_never_revives_a_filter(kind):
     train(model, optimizer, 3)
     masked, held = prune_filters(model, 0.5, optimizer=optimizer)
     dead = pruned_filters(masked)
+    for tensor in held.state[masked[0].weight].values():  # cleared at once, not only held from the next step on
+        assert tensor.dim() == 0 or tensor[dead["0"]].abs().max() == 0 < tensor[~dead["0"]].abs().max()
     for steps in range(3):
         train(masked, held, 1, seed=10 + steps)
         for name in ("0", "3"):
