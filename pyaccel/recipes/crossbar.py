@@ -117,12 +117,13 @@ class Config(ClassifierConfig):
 PAPER = Config(model="vgg16_crossbar")
 DESK = replace(
     PAPER, preset="desk", model="vgg8_crossbar", width=0.125, norm="batch", train_images=10_000, watch_images=1_000,
-    epochs=5, batch_size=64, adversarial_step=4.0, adversarial_steps=3, chips=3, attack_images=256, study_images=2_000,
-    reestimate_images=2_000, fgsm_eps=(0.01, 0.02, 0.05), pgd_eps=(1, 2, 4), pgd_steps=7, seeds=(0, 1),
+    epochs=5, batch_size=64, adversarial_step=4.0, adversarial_steps=3, r_min=(20e3, 100e3), chips=3, attack_images=256,
+    study_images=2_000, reestimate_images=2_000, fgsm_eps=(0.02, 0.05, 0.1), pgd_eps=(2, 8), pgd_steps=7,
 )  # fmt: skip
 DESK_DIGITS = replace(
-    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, epochs=3, fgsm_eps=(0.05, 0.1, 0.2),
-    pgd_eps=(8, 32), pgd_step=8.0, adversarial_eps=16.0, adversarial_step=12.0, adversarial_steps=2,
+    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, epochs=3, r_min=(20e3,),
+    fgsm_eps=(0.05, 0.1, 0.2), pgd_eps=(8, 32), pgd_step=8.0, adversarial_eps=16.0, adversarial_step=12.0,
+    adversarial_steps=2,
 )  # fmt: skip
 SMOKE = replace(
     DESK_DIGITS, preset="smoke", data="digits8", epochs=4, batch_size=32, tiles=(16, 64), chips=2, seeds=(0, 1),
