@@ -119,6 +119,30 @@ def test_linear_without_inputs_or_outputs(inputs, outputs):
     compare(ops.spike_linear, F.linear, torch.zeros(3, inputs), torch.zeros(outputs, inputs), None)
 
 
+@pytest.mark.parametrize("kernel", [2, (2, 4), 3, (1, 2)])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 8, 8), (2, 3, 4, 9, 7), (4, 5, 8, 8)])
+def test_avg_pool2d_gradient_keeps_channels_last(kernel, shape):
+    """The same bits as in contiguous memory; powers of two stay channels-last on the way back."""
+    spikes = torch.rand(shape).round()
+
+    def last(images):
+        flat = images.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+        return flat.unflatten(0, shape[:-3])
+
+    found = []
+    for layout in (lambda t: t, last):
+        leaf = layout(spikes).requires_grad_()
+        out = ops.spike_avg_pool2d(leaf, kernel)
+        torch.manual_seed(0)
+        weights = torch.randn(out.shape)
+        if layout is last:
+            weights = weights.flatten(0, -4).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:-3])
+        found.append(torch.autograd.grad(out, leaf, weights)[0])
+    assert torch.equal(*found)
+    powers = kernel != 3
+    assert found[1].flatten(0, -4).is_contiguous(memory_format=torch.channels_last) or not powers or 9 in shape
+
+
 @pytest.mark.parametrize("kernel", [2, 3, (2, 1), (1, 3)])
 @pytest.mark.parametrize(
     "shape", [(5, 7, 9), (2, 3, 8, 8), (4, 2, 3, 7, 9), (0, 2, 3, 4, 4), (2, 0, 3, 4, 4), (2, 2, 2, 1, 3, 3)]
