@@ -63,10 +63,10 @@ class Config(HybridConfig):
 
 PAPER = Config()
 DESK = replace(
-    PAPER, preset="desk", train_images=8_000, watch_images=500, test_images=500, count_images=100, model="vgg5_robust",
+    PAPER, preset="desk", train_images=6_000, watch_images=500, test_images=500, count_images=100, model="vgg5_robust",
     width=0.25,
-    dropout=(0.1, 0.1), epochs=10, lr=3e-2, balance_images=64, balance_steps=200, steps=20,
-    curve=(6, 8, 10, 15, 20, 30, 50, 100, 200), tune_epochs=2, tune_lr=5e-4, tune_weight_decay=0.0, tune_images=3_000,
+    dropout=(0.1, 0.1), epochs=8, lr=3e-2, balance_images=64, balance_steps=200, steps=20,
+    curve=(6, 8, 10, 15, 20, 30, 50, 100, 200), tune_epochs=2, tune_lr=5e-4, tune_weight_decay=0.0, tune_images=2_000,
 )  # fmt: skip
 DESK_DIGITS = replace(
     DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, width=0.125, epochs=8, tune_epochs=3,

@@ -106,11 +106,11 @@ class Config(HybridConfig):
 
 PAPER = Config()
 DESK = replace(
-    PAPER, preset="desk", train_images=6_000, watch_images=300, test_images=300, width=0.125, dropout=(0.0, 0.1),
-    epochs=8,
+    PAPER, preset="desk", train_images=4_000, watch_images=300, test_images=200, width=0.125, dropout=(0.0, 0.1),
+    epochs=6,
     lr=3e-2, balance_images=64, balance_steps=150, tune_epochs=2, tune_lr=1e-3, tune_weight_decay=0.0,
-    tune_images=2_000, steps=20,
-    conv_steps=100, bntt_steps=8, eps=(4 / 255,), step=1 / 255, attack_images=200, surrogates=("atan", "rectangle"),
+    tune_images=1_500, steps=20,
+    conv_steps=100, bntt_steps=8, eps=(4 / 255,), step=1 / 255, attack_images=100, surrogates=("atan", "rectangle"),
     draws=3, sweep_steps=(10, 40), sweep_leaks=(1.0, 0.7), sweep_at=20, sweep_eps=4 / 255, agree_steps=(10, 30, 100),
 )  # fmt: skip
 DESK_DIGITS = replace(
