@@ -1,9 +1,10 @@
 """Modules over the operators, with parameters and explicit state."""
 
 from pyaccel.nn.analog import AnalogConv2d, AnalogLinear
+from pyaccel.nn.bntt import BNTTLIF, convert_sync_bntt
 from pyaccel.nn.factorized import FactorizedConv2d, grown_spare, hoyer, kept_by_energy, orthogonality
 from pyaccel.nn.memory import NoisyMemory, StoredOutput, set_memory_pass, without_failures
-from pyaccel.nn.neuron import BNTTLIF, IF, LIF, STDBLIF, PoissonEncoder
+from pyaccel.nn.neuron import IF, LIF, STDBLIF, PoissonEncoder
 from pyaccel.nn.prototypes import PrototypeMemory, choose_prototypes, self_entropy
 from pyaccel.nn.quant import QuantConv2d, QuantLinear, load_packed_state, packed_state
 from pyaccel.nn.spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
@@ -27,6 +28,7 @@ __all__ = [
     "SpikeLinear",
     "StoredOutput",
     "choose_prototypes",
+    "convert_sync_bntt",
     "every_step",
     "grown_spare",
     "hoyer",

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import ops
+from pyaccel.nn.state import Stateful, refuse_recomputation
 from pyaccel.ops.checks import whole
 from pyaccel.reference.neuron import state_dtype
 
 
-class _Neuron(nn.Module):
+class _Neuron(Stateful):
     """What every neuron module shares: options, learnable leak and threshold, and state between calls when asked for."""
 
     def __init__(
@@ -27,7 +28,7 @@ class _Neuron(nn.Module):
         learn_threshold: bool | int = False,
         stateful: bool = False,
     ):
-        super().__init__()
+        super().__init__(stateful)
         self.leak = _parameter(leak, learn_leak)
         self.threshold = _parameter(threshold, learn_threshold)
         self.neuron = dict(
@@ -37,16 +38,6 @@ class _Neuron(nn.Module):
             surrogate_scale=surrogate_scale,
             surrogate_width=surrogate_width,
         )
-        self.stateful = stateful
-        self.membrane: Tensor | None = None
-
-    def reset_state(self) -> None:
-        """Forget the state kept by a stateful module."""
-        self.membrane = None
-
-    def detach_state(self) -> None:
-        """Keep the state, cut its history (truncated backpropagation through time)."""
-        self.membrane = None if self.membrane is None else self.membrane.detach()
 
     def _options(self, current: Tensor) -> dict:
         """Keyword arguments of the operator; learnable values in the state dtype of `current`."""
@@ -55,9 +46,6 @@ class _Neuron(nn.Module):
             return p.to(state_dtype(current.dtype)) if isinstance(p, Tensor) else p
 
         return dict(leak=value(self.leak), threshold=value(self.threshold), **self.neuron)
-
-    def _keep(self, membrane: Tensor) -> None:
-        self.membrane = membrane if self.stateful else None
 
     def extra_repr(self) -> str:
         shown = {"leak": self.leak, "threshold": self.threshold, **self.neuron}
@@ -89,7 +77,7 @@ class LIF(_Neuron):
         self.neuron["delay"] = delay
 
     def forward(self, current: Tensor) -> Tensor:
-        spikes, membrane = ops.lif(current, self.membrane, **self._options(current))
+        spikes, membrane = ops.lif(current, self._carried(), **self._options(current))
         self._keep(membrane)
         return spikes
 
@@ -99,64 +87,6 @@ class IF(LIF):
 
     def __init__(self, threshold: float = 1.0, **options):
         super().__init__(1.0, threshold, **options)
-
-
-class BNTTLIF(_Neuron):
-    """Batch normalisation through time and LIF in one kernel: `[T, B, channels, ...]` in, spikes out (2010.01729).
-
-    Each of the `steps` time steps has statistics, running statistics and a `weight` (gamma, initially 1) a channel; there
-    is no bias. Training uses batch statistics and updates the running ones (momentum 0.1, unbiased variance, as
-    `nn.BatchNorm2d`); evaluation uses the running ones. Buffers and weight are `[steps, channels]`. Fewer than `steps`
-    steps may be run: the first T are used, in every call: `stateful=True` carries the membrane over, not the step.
-
-    Raises ValueError for more than `steps` steps: what was not trained has no statistics.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        steps: int,
-        leak: float = 0.95,
-        threshold: float = 1.0,
-        *,
-        eps: float = 1e-4,
-        momentum: float = 0.1,
-        **options,
-    ):
-        super().__init__(leak, threshold, **options)
-        self.channels, self.steps, self.eps, self.momentum = channels, steps, eps, momentum
-        self.weight = nn.Parameter(torch.ones(steps, channels))
-        self.register_buffer("running_mean", torch.zeros(steps, channels))
-        self.register_buffer("running_var", torch.ones(steps, channels))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, current: Tensor) -> Tensor:
-        steps = current.shape[0]
-        rows = slice(0, steps)
-        if steps > self.steps:
-            raise ValueError(f"BNTTLIF: trained for {self.steps} steps, got {steps}; later steps have no statistics")
-        state = state_dtype(current.dtype)
-        given = {}
-        if not self.training:
-            given = dict(mean=self.running_mean[rows].to(state), var=self.running_var[rows].to(state))
-        spikes, membrane, mean, var = ops.bntt_lif(
-            current, self.weight[rows].to(state), self.membrane, eps=self.eps, **given, **self._options(current)
-        )
-        if self.training:
-            self._track(mean, var, rows, current[0, :, 0].numel() if steps else 0)
-        self._keep(membrane)
-        return spikes
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, rows: slice, count: int) -> None:
-        if count < 2:
-            raise ValueError(f"BNTTLIF: training needs more than one value a channel and step, got {count}")
-        self.running_mean[rows].lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var[rows].lerp_((var * (count / (count - 1))).to(self.running_var), self.momentum)
-        self.num_batches_tracked += 1
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, steps={self.steps}, eps={self.eps:g}, momentum={self.momentum:g}, {super().extra_repr()}"
 
 
 class PoissonEncoder(nn.Module):
@@ -183,7 +113,9 @@ class PoissonEncoder(nn.Module):
 
     def forward(self, image: Tensor, sample_ids: Tensor | None = None, *, steps: int | None = None) -> Tensor:
         key = self.key
-        if self.training:  # on the device, without reading it: a captured graph counts on
+        if self.training:
+            refuse_recomputation(self, "the pass draws anew; leave the encoder outside the block")
+            # on the device, without reading it: a captured graph counts on
             key = key.clone()
             key[1] = (key[1] + 1 + self.passes) & 0xFFFFFFFF
             self.passes += 1
@@ -195,9 +127,7 @@ class PoissonEncoder(nn.Module):
         return f"steps={self.steps}, gain={self.gain:g}"
 
 
-
-
-class STDBLIF(nn.Module):
+class STDBLIF(Stateful):
     """Delayed LIF neurons with the spike-time surrogate (`ops.stdb_lif`, 2005.01807): `[T, ...]` current in, spikes out.
 
     `threshold` is a buffer, set by threshold balancing and saved with the model. `stateful=True` carries membrane and
@@ -214,26 +144,22 @@ class STDBLIF(nn.Module):
         form: str = "exact",
         stateful: bool = False,
     ):
-        super().__init__()
-        self.leak, self.alpha, self.beta, self.form, self.stateful = leak, alpha, beta, form, stateful
+        super().__init__(stateful)
+        self.leak, self.alpha, self.beta, self.form = leak, alpha, beta, form
         self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float64))
-        self.state: tuple[Tensor, Tensor] | None = None
+        self.since: Tensor | None = None
 
     def reset_state(self) -> None:
-        """Forget the state kept by a stateful module."""
-        self.state = None
-
-    def detach_state(self) -> None:
-        """Keep the state, cut its history (truncated backpropagation through time)."""
-        self.state = None if self.state is None else (self.state[0].detach(), self.state[1])
+        super().reset_state()
+        self.since = None
 
     def forward(self, current: Tensor) -> Tensor:
-        membrane, since = self.state or (None, None)
         spikes, membrane, since = ops.stdb_lif(
-            current, membrane, since, leak=self.leak, threshold=self.threshold, alpha=self.alpha, beta=self.beta,
+            current, self._carried(), self.since, leak=self.leak, threshold=self.threshold, alpha=self.alpha, beta=self.beta,
             form=self.form,
         )  # fmt: skip
-        self.state = (membrane, since) if self.stateful else None
+        self._keep(membrane)
+        self.since = since if self.stateful else None
         return spikes
 
     def extra_repr(self) -> str:

@@ -49,7 +49,8 @@ def bntt_lif(
         mean, var: `[T, C]` to use given statistics (inference); both None: batch statistics, the variance biased.
         packed: return the spikes as bits, uint8 `[T, ceil(N / 8)]` (see `pack_spikes`); inference only.
         reduce: for statistics over several processes: a function that returns the sum over the processes of a float64
-            tensor (as `all_reduce` does). It is called once in forward, with `[3, T, C]`, and once in backward, with
+            tensor (as `all_reduce` does). It is called once in forward, with `[3, T, C]` (how many values, their sum, the
+            sum of their squares), and once in backward, with
             `[2, T, C]`; gradients of weight, leak and threshold stay local sums, as DistributedDataParallel expects.
 
     Returns:
@@ -105,7 +106,7 @@ class _Synchronised(torch.autograd.Function):
         mean, square = totals[1] / totals[0], totals[2] / totals[0]
         var = (square - mean * mean).clamp_min(0)
         spikes, membrane_out, mean, var = _bntt_lif(current, weight, membrane, mean.to(weight.dtype), var.to(weight.dtype), *rest)
-        ctx.save_for_backward(current, weight, membrane, mean, var, totals[0].amax() if totals.numel() else totals.new_zeros(()), rest[0], rest[1])
+        ctx.save_for_backward(current, weight, membrane, mean, var, totals[0], rest[0], rest[1])
         ctx.rest, ctx.reduce = rest[2:], reduce
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -122,8 +123,8 @@ class _Synchronised(torch.autograd.Function):
         arguments = (grad_spikes, grad_membrane, current, weight, membrane, mean, var, leak_tensor, threshold_tensor, *ctx.rest)
         # Local parameter gradients come from the local sums, the input's from everybody's.
         first = _bntt_lif_backward(*arguments, True, wanted, SUMS_ONLY, None, 0.0)
-        sums = ctx.reduce(first[5].double()).to(weight.dtype)
-        second = _bntt_lif_backward(*arguments, True, wanted, SUMS_GIVEN, sums, float(count))
+        means = (ctx.reduce(first[5].double()) / count).to(weight.dtype)  # divided here: a GPU need not be waited for
+        second = _bntt_lif_backward(*arguments, True, wanted, SUMS_GIVEN, means, 1.0)
         found = [second[0], first[1], second[2], *second[3:5]]
         found = [g if needed else None for g, needed in zip(found, wanted, strict=True)]
         return (None, *found[:3], None, None, *found[3:], *(None,) * len(ctx.rest))
