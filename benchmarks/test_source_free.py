@@ -1,9 +1,10 @@
-"""The filter of source-free adaptation against the all-pairs form of its official code: Office-31's K 31, P 100, D 2048, B 32.
+"""The filter of source-free adaptation against all pairs, as in its official code; K 31, P 100, D 2048, B 32:
+Office-31.
 
-All pairs: for the best and the second class of every point its prototypes are gathered, [B P, D], each point is repeated
-P times, both are multiplied, (B P)^2 values, and only the P values of each diagonal block are read. Ours: one product of
-B x (K P) values, reduced. The roofline is that product at the rate of torch's matrix product in the same run; memory is
-what tensors made inside a call hold at their peak.
+All pairs: for the best and the second class of every point its prototypes are gathered, [B P, D], each point is
+repeated P times, both are multiplied, (B P)^2 values, and only the P values of each diagonal block are read. Ours: one
+product of B x (K P) values, reduced. The roofline is that product at the rate of torch's matrix product in the same
+run; memory is what tensors made inside a call hold at their peak.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ def test_filter(device, quick, table, benchmark):
     assert all(torch.equal(a, b) for a, b in zip(memory.label(points), all_pairs(points, memory.unit), strict=True))
 
     square = torch.randn(1024, 1024, device=device)
-    jobs = {"ours": lambda: memory.label(points), "gemm": lambda: square @ square, "all pairs": lambda: all_pairs(points, memory.unit)}
+    jobs = {
+        "ours": lambda: memory.label(points),
+        "gemm": lambda: square @ square,
+        "all pairs": lambda: all_pairs(points, memory.unit),
+    }
     t = measure(jobs, 1 if quick else 3, device)
     roofline = B * K * P * D / (1024**3 / t["gemm"].cpu)
     bytes_used = {name: peak(jobs[name]) for name in ("ours", "all pairs")}

@@ -36,8 +36,10 @@ def read_mini_imagenet(folder: Source, split: str, *, size: int = 84, train_per_
     for home in homes:
         for name in subfolders(home):
             if name in places:
-                raise ValueError(f"{home / name}: class {name!r} is also in {places[name].parent}: this is no few-shot "
-                                 "layout; read it with read_folder")
+                raise ValueError(
+                    f"{home / name}: class {name!r} is also in {places[name].parent}: this is no few-shot "
+                    "layout; read it with read_folder"
+                )
             places[name] = home / name
     if not places:
         raise ValueError(f"{folder}: expected class folders with images, found {listing(folder)}")
@@ -46,13 +48,17 @@ def read_mini_imagenet(folder: Source, split: str, *, size: int = 84, train_per_
     for label, name in enumerate(classes):
         found = image_files(places[name])
         if len(found) <= train_per_class:
-            raise ValueError(f"{places[name]}: expected more than {train_per_class} images ({' '.join(IMAGE_SUFFIXES)}), "
-                             f"the first {train_per_class} of a shuffle being for training, found {len(found)}")
+            raise ValueError(
+                f"{places[name]}: expected more than {train_per_class} images ({' '.join(IMAGE_SUFFIXES)}), "
+                f"the first {train_per_class} of a shuffle being for training, found {len(found)}"
+            )
         generator.shuffle(found)
         part = found[:train_per_class] if split == "train" else found[train_per_class:]
         files += part
         labels += [label] * len(part)
-    return ImageFolder(files, torch.tensor(labels, dtype=torch.int64), classes, f"{folder.resolve().name}/{split}", size)
+    return ImageFolder(
+        files, torch.tensor(labels, dtype=torch.int64), classes, f"{folder.resolve().name}/{split}", size
+    )
 
 
 def read_svhn(folder: Source, split: str) -> ImageSet:
@@ -94,8 +100,9 @@ def read_notmnist(folder: Source, split: str) -> ImageSet:
     check_split(split, NOTMNIST_FOLDERS, folder)
     homes = [folder / name for name in NOTMNIST_FOLDERS[split] if (folder / name).is_dir()]
     if not homes:
-        raise FileNotFoundError(f"{folder}: expected one of the folders {', '.join(NOTMNIST_FOLDERS[split])}, found "
-                                f"{listing(folder)}")
+        raise FileNotFoundError(
+            f"{folder}: expected one of the folders {', '.join(NOTMNIST_FOLDERS[split])}, found {listing(folder)}"
+        )
     images, labels, broken = [], [], []
     for label, letter in enumerate(LETTERS):
         if not (homes[0] / letter).is_dir():

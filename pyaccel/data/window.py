@@ -15,8 +15,8 @@ from .order import AUGMENT, philox_words
 class Window(Augment):
     """`Augment` after cutting a window: uint8 images `[B, C, H, W]` to float32 `[B, C, size, size]`.
 
-    random: the window's place is uniform, else it is the middle, rounded down. The usual ImageNet recipe: images resized
-    to 256, windows of 224. The draw of a sample depends on (seed, epoch, sample id) alone.
+    random: the window's place is uniform, else it is the middle, rounded down. The usual ImageNet recipe: images
+    resized to 256, windows of 224. The draw of a sample depends on (seed, epoch, sample id) alone.
     ValueError for images smaller than the window.
     """
 
@@ -31,12 +31,18 @@ class Window(Augment):
     def __call__(self, images: Tensor, sample_ids: Tensor, seed: int, epoch: int, n: int, white: int = 255) -> Tensor:
         height, width = images.shape[-2:]
         if min(height, width) < self.size:
-            raise ValueError(f"Window: images of {height}x{width} are smaller than the window of {self.size}x{self.size}")
+            raise ValueError(
+                f"Window: images of {height}x{width} are smaller than the window of {self.size}x{self.size}"
+            )
         rooms = (height - self.size, width - self.size)
         if self.random:
-            words = torch.from_numpy(philox_words(n, seed, epoch, AUGMENT).view("int64")).index_select(0, sample_ids.cpu())
+            words = torch.from_numpy(philox_words(n, seed, epoch, AUGMENT).view("int64")).index_select(
+                0, sample_ids.cpu()
+            )
             # Bits 0-23 choose the row and 24-47 the column; bit 48, the flip, is `Augment`'s.
-            top, left = ((words >> shift & 0xFFFFFF) * (room + 1) >> 24 for shift, room in zip((0, 24), rooms, strict=True))
+            top, left = (
+                (words >> shift & 0xFFFFFF) * (room + 1) >> 24 for shift, room in zip((0, 24), rooms, strict=True)
+            )
         else:
             top, left = (torch.full((len(images),), room // 2) for room in rooms)
         cut = images.new_empty(*images.shape[:-2], self.size, self.size)

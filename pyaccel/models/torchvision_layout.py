@@ -15,7 +15,9 @@ from pyaccel.models.resnet import ResidualBlock, ResidualNet
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def load_torchvision(model: ResidualNet, source: str | os.PathLike | Mapping[str, Tensor], *, readout: bool = True) -> None:
+def load_torchvision(
+    model: ResidualNet, source: str | os.PathLike | Mapping[str, Tensor], *, readout: bool = True
+) -> None:
     """Copy a state dict of torchvision's `resnet18`, `34`, `50` or `101` into the `ResidualNet` of the same depth.
 
     Args:
@@ -33,7 +35,9 @@ def load_torchvision(model: ResidualNet, source: str | os.PathLike | Mapping[str
     weights = dict(source) if isinstance(source, Mapping) else _file(Path(source))
     pairs = _names(model)
     if readout:
-        pairs |= {f"readout.{part}": f"fc.{part}" for part in ("weight", "bias") if getattr(model.readout, part) is not None}
+        pairs |= {
+            f"readout.{part}": f"fc.{part}" for part in ("weight", "bias") if getattr(model.readout, part) is not None
+        }
     own = model.state_dict()
     optional = {ours for ours in pairs if ours.endswith("num_batches_tracked")}  # absent from old files
     missing = [theirs for ours, theirs in pairs.items() if theirs not in weights and ours not in optional]
@@ -44,7 +48,11 @@ def load_torchvision(model: ResidualNet, source: str | os.PathLike | Mapping[str
         for ours, theirs in pairs.items()
         if theirs in weights and weights[theirs].shape != own[ours].shape
     ]
-    problems = [f"{what} {_listed(names)}" for what, names in (("missing:", missing), ("left over:", left), ("other shapes:", shapes)) if names]
+    problems = [
+        f"{what} {_listed(names)}"
+        for what, names in (("missing:", missing), ("left over:", left), ("other shapes:", shapes))
+        if names
+    ]
     if problems:
         raise ValueError(f"load_torchvision: the weights do not fit this {type(model).__name__}: {'; '.join(problems)}")
     with torch.no_grad():

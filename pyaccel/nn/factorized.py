@@ -3,8 +3,8 @@
     W = N diag(|sigma|) C,   W flattened to [O, I kh kw],  N [O, r],  sigma [r],  C [r, I kh kw]    (2009.01956)
 
 N plays the left and C the right singular vectors; neither is exactly orthonormal, the penalties pull them there. The
-first R entries are those of finished tasks. They are buffers, not parameters: no optimizer, momentum or weight decay can
-move them, so a finished task, which reads a prefix of the entries, gives the same bits for ever.
+first R entries are those of finished tasks. They are buffers, not parameters: no optimizer, momentum or weight decay
+can move them, so a finished task, which reads a prefix of the entries, gives the same bits for ever.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class FactorizedConv2d(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = 1,
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0, dilation: int | tuple[int, int] = 1, *, rank: int | None = None,
         device=None, dtype=None,
     ):  # fmt: skip
@@ -190,7 +191,7 @@ class FactorizedConv2d(nn.Module):
         return F.conv2d(images, self.merged_weight(self.task), None, self.stride, self.padding, self.dilation)
 
     def penalties(self) -> tuple[Tensor, Tensor]:
-        """`hoyer` of the layer's sigma, and the sum of `orthogonality` of N and C; frozen entries and slots together."""
+        """`hoyer` of sigma, and the sum of `orthogonality` of N and C; frozen entries and slots together."""
         left, sigma, right = self.factors()
         return hoyer(sigma), orthogonality(left) + orthogonality(right)
 
@@ -201,7 +202,7 @@ class FactorizedConv2d(nn.Module):
 
     @torch.no_grad()
     def two_convolutions(self, task: int | None = None) -> nn.Sequential:
-        """The same function as an I -> r convolution followed by a 1x1 one, r -> O: cheaper only where r < full_rank."""
+        """The same as an I -> r convolution followed by a 1x1 one, r -> O: cheaper only where r < full_rank."""
         left, sigma, right = self.factors(task)
         first = right.view(-1, self.in_channels, *self.kernel_size)
         second = (left * sigma.abs())[:, :, None, None]

@@ -1,10 +1,10 @@
 """An adaptive memory of class prototypes, and pseudo-labels with a filter that has no threshold (2007.01524).
 
-    H(x) = -sum_c p_c log(p_c + 1e-10) / log K          normalised self-entropy, 0..1
-    eta  = max_c min {H(x): argmax p = c}                so that every predicted class has a prototype
-    M_c  = {F(x): argmax p = c, H(x) <= eta}             the prototypes, at most `capacity` of lowest entropy
-    s_c(x) = mean over m in M_c of cos(F(x), m)          pseudo-label c1 = argmax s, runner-up c2
-    keep x where max over M_c1 of (1 - cos) < min over M_c2 of (1 - cos)
+H(x) = -sum_c p_c log(p_c + 1e-10) / log K          normalised self-entropy, 0..1
+eta  = max_c min {H(x): argmax p = c}                so that every predicted class has a prototype
+M_c  = {F(x): argmax p = c, H(x) <= eta}             the prototypes, at most `capacity` of lowest entropy
+s_c(x) = mean over m in M_c of cos(F(x), m)          pseudo-label c1 = argmax s, runner-up c2
+keep x where max over M_c1 of (1 - cos) < min over M_c2 of (1 - cos)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Similarities(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Rows of the samples chosen as prototypes, lowest entropy first: one list a class; eta; classes never predicted."""
+    """Rows of the samples chosen, lowest entropy first, one list a class; eta; classes never predicted."""
 
     rows: list[Tensor]
     threshold: Tensor
@@ -46,7 +46,8 @@ def choose_prototypes(probabilities: Tensor, capacity: int = 100) -> Chosen:
     """
     if probabilities.dim() != 2 or not len(probabilities) or probabilities.shape[1] < 2:
         raise ValueError(
-            f"choose_prototypes: expected probabilities [N, K] of N >= 1 samples and K >= 2 classes, got {list(probabilities.shape)}"
+            f"choose_prototypes: expected probabilities [N, K] of N >= 1 samples and K >= 2 classes, got "
+            f"{list(probabilities.shape)}"
         )
     entropy, predicted = self_entropy(probabilities), probabilities.argmax(1)
     classes = probabilities.shape[1]
@@ -70,8 +71,8 @@ class PrototypeMemory(nn.Module):
     Attributes:
         unit: prototypes of length 1, `[K, capacity, D]`; a class with fewer repeats them, which changes neither the
             largest nor the smallest cosine.
-        centre: mean of the unit prototypes of a class, each once, `[K, D]`. (The published code averages over the repeats,
-            which weighs some of them more.)
+        centre: mean of the unit prototypes of a class, each once, `[K, D]`. (The published code averages over the
+            repeats, which weighs some of them more.)
         counts: prototypes of each class, int64 `[K]`.
         threshold: eta of the last `update`.
     """
@@ -80,7 +81,8 @@ class PrototypeMemory(nn.Module):
         super().__init__()
         if classes < 2 or values < 1 or capacity < 1:
             raise ValueError(
-                f"PrototypeMemory: expected at least 2 classes, 1 value and 1 prototype, got {classes}, {values}, {capacity}"
+                f"PrototypeMemory: expected at least 2 classes, 1 value and 1 prototype, got {classes}, {values}, "
+                f"{capacity}"
             )
         self.capacity = capacity
         self.register_buffer("unit", torch.zeros(classes, capacity, values))
@@ -90,7 +92,7 @@ class PrototypeMemory(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, probabilities: Tensor) -> Chosen:
-        """Replace the memory by what `choose_prototypes` makes of samples' features `[N, D]` and probabilities `[N, K]`."""
+        """Replace the memory by what `choose_prototypes` makes of features `[N, D]`, probabilities `[N, K]`."""
         expected = [len(features), len(self.unit)], [len(probabilities), self.unit.shape[2]]
         if [list(probabilities.shape), list(features.shape)] != list(expected):
             raise ValueError(

@@ -26,7 +26,15 @@ from pyaccel.recipes import continual_svd_plots, plots
 from pyaccel.recipes.classifier import (ClassifierConfig, Loss, check_choices, check_fields, chosen, cross_entropy,
                                         device_of, plain_batches, say, train_classifier)  # fmt: skip
 from pyaccel.recipes.continual_svd_report import describe, results
-from pyaccel.recipes.continual_tasks import FIVE_SETS, Task, in_memory, mini_imagenet, order, several_sets, split_by_class
+from pyaccel.recipes.continual_tasks import (
+    FIVE_SETS,
+    Task,
+    in_memory,
+    mini_imagenet,
+    order,
+    several_sets,
+    split_by_class,
+)
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
 from pyaccel.recipes.report import Report, write
@@ -50,8 +58,8 @@ class Config(ClassifierConfig):
         lr: learning rate of Adam, which has no weight decay; divided by 10 after `lr_drops` of the epochs.
         momentum, weight_decay: not used: Adam's defaults, no decay (see `decay`).
         epochs: passes over the images of each task.
-        protocol: "split", classes of one data set in `tasks` blocks; "mini_imagenet", the same of a miniImageNet folder;
-            "sets", one data set a task, folders `sets` inside `data`.
+        protocol: "split", classes of one data set in `tasks` blocks; "mini_imagenet", the same of a miniImageNet
+            folder; "sets", one data set a task, folders `sets` inside `data`.
         tasks: how many tasks the classes are cut into.
         sets: names of folders: cifar10, notmnist, mnist, svhn, fashion_mnist (the published five), usps.
         size: image folders are resized to it; None: as they are.
@@ -98,13 +106,13 @@ DESK = replace(
     std=(0.256, 0.247, 0.261), seeds=(1,), methods=("svd", "individual", "sequential"),
 )  # fmt: skip
 DESK_SETS = replace(
-    FIVE, preset="desk", width=0.25, train_images=2_000, watch_images=500, epochs=8, sets=("mnist", "usps", "fashion_mnist"),
-    methods=METHODS,
+    FIVE, preset="desk", width=0.25, train_images=2_000, watch_images=500, epochs=8, methods=METHODS,
+    sets=("mnist", "usps", "fashion_mnist"),
 )  # fmt: skip
 DESK_DIGITS = replace(DESK, size=None, tasks=5, mean=None, std=None, crop_padding=0, flip=False)
 SMOKE = replace(
-    DESK_DIGITS, preset="smoke", data="digits8", model="small", width=1.0, batch_size=32, epochs=6, lr=5e-3, seeds=(1, 2, 3),
-    methods=METHODS,
+    DESK_DIGITS, preset="smoke", data="digits8", model="small", width=1.0, batch_size=32, epochs=6, lr=5e-3,
+    seeds=(1, 2, 3), methods=METHODS,
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
@@ -135,7 +143,7 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
     """
     check(config)
     device, tasks = device_of(config), open_tasks(config)
-    factorize(features_of(config, tasks[0])[0])  # a network that does not fit the images is refused before anything is written
+    factorize(features_of(config, tasks[0])[0])  # what does not fit is refused before anything is written
     out = open_run(out, asdict(config), resume=resume, free=FREE)
     learned = {
         (method, seed): LEARN[method](
@@ -147,7 +155,8 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
         for seed in config.seeds for method in config.methods
     }  # fmt: skip
     report = Report(
-        "continual_svd", config.preset, asdict(config), environment(device), results(config, learned, published(config, tasks))
+        "continual_svd", config.preset, asdict(config), environment(device),
+        results(config, learned, published(config, tasks)),
     )  # fmt: skip
     if plots.available():
         continual_svd_plots.draw(learned, config.methods, config.seeds[0], out)
@@ -171,12 +180,15 @@ def open_tasks(config: Config) -> list[Task]:
     """The tasks in their own order. ValueError without data: no data set is taken by itself."""
     source = config.data or os.environ.get("PYACCEL_DATA")
     if not source:
-        wanted = {"split": "a data set of 100 classes (CIFAR-100's binary version, or Tiny-ImageNet-100 as an image folder)",
-                  "mini_imagenet": "miniImageNet as class folders", "sets": f"a folder with {', '.join(config.sets)} in it"}  # fmt: skip
+        wanted = {
+            "split": "a data set of 100 classes (CIFAR-100's binary version, or Tiny-ImageNet-100 as an image folder)",
+            "mini_imagenet": "miniImageNet as class folders",
+            "sets": f"a folder with {', '.join(config.sets)} in it",
+        }
         raise ValueError(
-            f"the preset {config.preset} of continual_svd learns {wanted[config.protocol]} and was given no data: name the "
-            "folder with --data PATH or the environment variable PYACCEL_DATA; or choose the packaged digits: --preset desk "
-            "--data digits"
+            f"the preset {config.preset} of continual_svd learns {wanted[config.protocol]} and was given no data: "
+            "name the folder with --data PATH or the environment variable PYACCEL_DATA; or choose the packaged digits: "
+            "--preset desk --data digits"
         )
     if config.protocol == "sets":
         tasks = several_sets(source, config.sets)
@@ -203,7 +215,7 @@ def features_of(config: Config, task: Task) -> tuple[nn.Module, int]:
 
 
 class DenseNet(nn.Module):
-    """The same layers without factors, and a read-out of each task's own: nothing protects what earlier tasks learned."""
+    """The same layers without factors, and a read-out of each task's own: nothing is protected."""
 
     def __init__(self, features: nn.Module, classes: Sequence[int], values: int):
         super().__init__()
@@ -220,7 +232,8 @@ class Learned:
 
     accuracy[t][u]: 0..1, on task u after task t, u <= t. drift: the largest change of any logit on a test image between
     the end of its task and the end of all. ranks: of each task, cumulative, one a layer. sizes: numbers held by
-    convolutions, by read-outs, and prefixes. macs: of the last task, served from merged weights and as two convolutions.
+    convolutions, by read-outs, and prefixes. macs: of the last task, served from merged weights and as two
+    convolutions.
     """
 
     tasks: list[str]
@@ -235,7 +248,9 @@ class Learned:
 Place = Callable[[int], tuple[Path, str]]
 
 
-def learn_svd(config: Config, tasks: list[Task], seed: int, device: torch.device, place: Place, *, decay: float = 0.0) -> Learned:
+def learn_svd(
+    config: Config, tasks: list[Task], seed: int, device: torch.device, place: Place, *, decay: float = 0.0
+) -> Learned:
     """The method of the paper; `decay` > 0 is the control, in which weight decay reaches the frozen factors."""
     seed_everything(seed)
     features, values = features_of(config, tasks[0])
@@ -244,7 +259,11 @@ def learn_svd(config: Config, tasks: list[Task], seed: int, device: torch.device
     def prepare(t: int):
         groups = [{"params": net.trained()}]
         # Parameters on the memory of the buffers, with a gradient of 0: what one optimizer over whole factors does.
-        frozen = [nn.Parameter(b) for m in net.layers for b in (m.shared_left, m.shared_sigma, m.shared_right)] if decay else []
+        frozen = (
+            [nn.Parameter(b) for m in net.layers for b in (m.shared_left, m.shared_sigma, m.shared_right)]
+            if decay
+            else []
+        )
         if frozen:
             groups.append({"params": frozen, "weight_decay": decay})
 
@@ -320,7 +339,8 @@ def sequence(
         folder, how = place(t)
         history = train_classifier(
             net, task.train, task.test, replace(config, mean=task.mean, std=task.std), seed=1000 * seed + t, out=folder,
-            resume=how, name=f"{name}, task {t + 1}/{len(tasks)} ({task.name})", free=(*FREE, "train_images"), loss=loss,
+            resume=how, name=f"{name}, task {t + 1}/{len(tasks)} ({task.name})", free=(*FREE, "train_images"),
+            loss=loss,
             optimizer=optimizer, scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, 0.1),
         )  # fmt: skip
         seconds += sum(row["seconds"] for row in history.rows)
@@ -345,9 +365,12 @@ def logits_of(config: Config, net: nn.Module, task: Task, number: int, device: t
 
 
 def published(config: Config, tasks: Sequence[Task]) -> tuple[float | None, str]:
-    """The accuracy of the released model, where network, data, split and preset are the paper's; else why there is none."""
-    known = {"split": (PAPER, 86.58, (100, 50_000, 10_000)), "mini_imagenet": (MINI_IMAGENET, 70.10, (100, 50_000, 10_000)),
-             "sets": (FIVE, 91.56, None)}  # fmt: skip
+    """The released model's accuracy, where network, data, split and preset are the paper's; else why none."""
+    known = {
+        "split": (PAPER, 86.58, (100, 50_000, 10_000)),
+        "mini_imagenet": (MINI_IMAGENET, 70.10, (100, 50_000, 10_000)),
+        "sets": (FIVE, 91.56, None),
+    }
     standard, accuracy, counts = known[config.protocol]
     same = ("data", "watch_images", "seeds", "methods", "device", "amp", "decay", "size")
     changed = [k for k, v in asdict(standard).items() if k not in same and asdict(config).get(k) != v]

@@ -74,7 +74,9 @@ def ranks(table: Sequence[Sequence[int]], path: Path) -> None:
     with _figure(path, 1, (6.4, 3.6)) as (_, (axis,)):
         for layer, values in enumerate(zip(*table, strict=True)):
             colour = LAYER_COLOURS[layer % len(LAYER_COLOURS)]
-            axis.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=3, label=f"layer {layer + 1}")
+            axis.plot(
+                range(1, len(values) + 1), values, color=colour, marker="o", markersize=3, label=f"layer {layer + 1}"
+            )
         axis.set_title("cumulative rank")
         axis.set_xlabel("tasks learned")
         axis.set_ylim(bottom=0)

@@ -27,7 +27,9 @@ def forgetting(accuracy: list[list[float]]) -> float:
     return fmean(accuracy[u][u] - last[u] for u in range(len(last) - 1)) if len(last) > 1 else 0.0
 
 
-def results(config: Config, learned: Mapping[tuple[str, int], Learned], published: tuple[float | None, str]) -> list[Result]:
+def results(
+    config: Config, learned: Mapping[tuple[str, int], Learned], published: tuple[float | None, str]
+) -> list[Result]:
     """Every figure of a run, over its seeds; `published`: the released model's accuracy, or None, and why."""
     found: list[Result] = []
 
@@ -58,7 +60,10 @@ def results(config: Config, learned: Mapping[tuple[str, int], Learned], publishe
     if {"svd", "individual"} <= set(config.methods):
         ratio = [sum(learned["individual", s].sizes[:2]) / sum(learned["svd", s].sizes[:2]) for s in config.seeds]
         add("individual_over_svd/size", ratio, "1")
-        gap = [100 * (fmean(learned["svd", s].accuracy[-1]) - fmean(learned["individual", s].accuracy[-1])) for s in config.seeds]
+        gap = [
+            100 * (fmean(learned["svd", s].accuracy[-1]) - fmean(learned["individual", s].accuracy[-1]))
+            for s in config.seeds
+        ]
         add("svd_minus_individual/accuracy", gap, "points")
     return found
 
@@ -75,7 +80,17 @@ def _tasks(report: Report, method: str) -> int:
 
 
 def _accuracy(report: Report, methods: list[str]) -> Section:
-    rows = [("method", "mean accuracy, %", "forgetting, points", "largest logit change", "size, MB", "training, s", "published, %")]
+    rows = [
+        (
+            "method",
+            "mean accuracy, %",
+            "forgetting, points",
+            "largest logit change",
+            "size, MB",
+            "training, s",
+            "published, %",
+        )
+    ]
     for method in methods:
         accuracy = report[f"{method}/accuracy"]
         rows.append((LABELS[method], accuracy.text(), report[f"{method}/forgetting"].text(),
@@ -84,13 +99,13 @@ def _accuracy(report: Report, methods: list[str]) -> Section:
                      "" if accuracy.published is None else f"{accuracy.published:.2f}"))  # fmt: skip
     text = [
         "Mean over all tasks at the end, the task of each image being given. Forgetting: accuracy at the end of a task "
-        "minus accuracy at the end of all, mean over tasks. Logit change: of any test image between the same two moments; "
-        "0 means equal to the last bit."
+        "minus accuracy at the end of all, mean over tasks. Logit change: of any test image between the same two "
+        "moments; 0 means equal to the last bit."
     ]
     if "individual_over_svd/size" in {r.name for r in report.results}:
         text.append(
-            f"One network a task takes {report['individual_over_svd/size'].text()} times the numbers; accuracy against it: "
-            f"{report['svd_minus_individual/accuracy'].text()} points."
+            f"One network a task takes {report['individual_over_svd/size'].text()} times the numbers; accuracy against "
+            f"it: {report['svd_minus_individual/accuracy'].text()} points."
         )
     if "svd" in methods:
         text.append(f"Published: {report['svd/accuracy'].published_source}.")
@@ -108,8 +123,9 @@ def _ranks(report: Report) -> Section:
     merged, two = (report[f"svd/macs/{form}"].value for form in ("merged", "two_convolutions"))
     text = [
         f"Cumulative ranks R_t. At the end the factors hold {parts['convolutions']:,.0f} numbers, the read-outs "
-        f"{parts['readouts']:,.0f}; one integer a layer and task ({parts['prefixes']:,.0f}) is not counted in the size, as in "
-        "the published figures; neither are spare slots.",
+        f"{parts['readouts']:,.0f}; one integer a layer and task ({parts['prefixes']:,.0f}) is not counted in the "
+        f"size, "
+        "as in the published figures; neither are spare slots.",
         f"The last task costs {merged:,.0f} multiply-accumulates an image from merged weights and {two:,.0f} as two "
         "convolutions: merged weights are what to serve from wherever ranks have outgrown the full rank.",
     ]
@@ -127,17 +143,23 @@ def _matrix(report: Report, method: str) -> Section:
 
 
 def _method(report: Report) -> Section:
-    config = report.config
-    what = {"split": f"{config['tasks']} tasks of contiguous classes", "mini_imagenet": f"miniImageNet, {config['tasks']} tasks",
-            "sets": f"one task a data set: {', '.join(config['sets'])}"}[config["protocol"]]  # fmt: skip
+    c = report.config
+    what = {
+        "split": f"{c['tasks']} tasks of contiguous classes",
+        "mini_imagenet": f"miniImageNet, {c['tasks']} tasks",
+        "sets": f"one task a data set: {', '.join(c['sets'])}",
+    }[c["protocol"]]
     return Section(
         "How it was measured",
         [
-            f"Network {config['model']}, width {config['width']:g}; {what}; data {config['data'] or 'PYACCEL_DATA'}; "
-            f"{config['epochs']} epochs a task, Adam {config['lr']:g}, batch {config['batch_size']}, lambda_s "
-            f"{config['sparsity']:g}, lambda_o {config['orthogonality']:g}, e {config['energy']:g}, growth {config['growth']}; "
-            f"seeds {', '.join(map(str, config['seeds']))}, each with its own order of the tasks.",
-            "The last epoch of each task is reported, on every test image once. The published code looks at the test set "
+            f"Network {c['model']}, width {c['width']:g}; {what}; data {c['data'] or 'PYACCEL_DATA'}; {c['epochs']} "
+            f"epochs "
+            f"a task, Adam {c['lr']:g}, batch {c['batch_size']}, lambda_s {c['sparsity']:g}, lambda_o "
+            f"{c['orthogonality']:g}, e {c['energy']:g}, growth {c['growth']}; seeds "
+            f"{', '.join(map(str, c['seeds']))}, "
+            "each with its own order of the tasks; tables are means over seeds, by place in the order.",
+            "The last epoch of each task is reported, on every test image once. The published code looks at the test "
+            "set "
             "after each epoch too and selects nothing on it. Dense networks have no biases in their convolutions; the "
             "published baseline has (0.16 % of its numbers).",
         ],

@@ -54,7 +54,9 @@ def split_by_class(train: Images, test: Images, tasks: int, mean, std) -> list[T
     """Task k (from 0) has the classes kn .. kn + n - 1, n = classes / tasks, relabelled from 0."""
     count, rest = divmod(len(train.classes), tasks)
     if rest or count < 2:
-        raise ValueError(f"tasks: {len(train.classes)} classes cannot be cut into {tasks} tasks of equally many, at least 2")
+        raise ValueError(
+            f"tasks: {len(train.classes)} classes cannot be cut into {tasks} tasks of equally many, at least 2"
+        )
     made = []
     for k in range(tasks):
         first = k * count
@@ -110,5 +112,3 @@ def _square(images: Images) -> ImageSet:
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
     pixels = F.pad(images.images, (left, SIDE - width - left, top, SIDE - height - top))
     return ImageSet(pixels.expand(-1, 3, -1, -1).contiguous(), images.labels, images.classes, images.name)
-
-

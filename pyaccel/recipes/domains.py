@@ -1,4 +1,4 @@
-"""Domains of adaptation: the images of a folder, brought to one size and number of channels; and a shifted copy of digits."""
+"""Domains of adaptation: images of folders, brought to one size and number of channels; a shifted copy of digits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def open_pair(home: Path | None, pair: str, size: int, *, whole_target: bool) ->
     channels = max(source[0].shape[0], target[0].shape[0])
     source, target = ([_same(images, size, channels) for images in parts] for parts in (source, target))
     if len(source[0].classes) != len(target[0].classes):
-        raise ValueError(f"{pair}: {len(source[0].classes)} and {len(target[0].classes)} classes; adaptation needs the same ones")
+        raise ValueError(
+            f"{pair}: {len(source[0].classes)} and {len(target[0].classes)} classes; adaptation needs the same ones"
+        )
     if whole_target and len(target) == 2:
         target = [_together(*target)]
     if len(source) == 1:  # no test part of its own: nine tenths to train on
@@ -63,12 +65,14 @@ def _parts(folder: Path, size: int) -> list[Images]:
 
 
 def _same(images: Images, size: int, channels: int) -> Images:
-    """Sets in memory resized (bilinear, antialiased) to size x size, grey repeated; folders are read that way already."""
+    """Sets in memory resized to size x size (antialiased), grey repeated; folders are read that way already."""
     if isinstance(images, ImageFolder):
         return images
     pixels = images.images
     if images.shape[1:] != (size, size):
-        pixels = F.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        pixels = (
+            F.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        )
     return ImageSet(pixels.expand(-1, channels, -1, -1).contiguous(), images.labels, images.classes, images.name)
 
 
@@ -82,8 +86,13 @@ def _together(first: Images, second: Images) -> Images:
 
 def in_memory(domain: Domain) -> Domain:
     """Image folders decoded once; only for few or small images."""
+
     def held(images: Images) -> ImageSet:
-        return images if isinstance(images, ImageSet) else ImageSet(*images.batch(range(len(images))), images.classes, images.name)
+        return (
+            images
+            if isinstance(images, ImageSet)
+            else ImageSet(*images.batch(range(len(images))), images.classes, images.name)
+        )
 
     train = held(domain.train)
     return Domain(domain.name, train, train if domain.test is domain.train else held(domain.test))

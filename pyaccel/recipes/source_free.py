@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 from pyaccel import models
 from pyaccel.data import Augment, Batch, Batches, Window
-from pyaccel.nn import PrototypeMemory, self_entropy
 from pyaccel.recipes import plots, source_free_plots
 from pyaccel.recipes.classifier import ClassifierConfig, Images, check_choices, check_fields, chosen, device_of, say
 from pyaccel.recipes.domains import SHIFTED, Domain, in_memory, open_pair
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
 from pyaccel.recipes.report import Report, write
+from pyaccel.recipes.source_free_measure import SourceNet, diagnose, predict
 from pyaccel.recipes.source_free_report import describe, results
 from pyaccel.training import Trainer, TwoHeads, accuracy, learning_rate_factor, seed_everything
-from pyaccel.training.evaluate import evaluating
 from pyaccel.training.source_free import VARIANTS
 
 __all__ = ["Config", "describe", "preset", "run"]
@@ -44,8 +43,8 @@ class Config(ClassifierConfig):
     """Everything a run depends on, besides the shared fields.
 
     Args:
-        data: the folder in which `pairs` names folders: DOMAIN/CLASS/x.jpg (Office-31 also DOMAIN/images/CLASS), or sets
-            with their own layout and parts.
+        data: the folder in which `pairs` names folders: DOMAIN/CLASS/x.jpg (Office-31 also DOMAIN/images/CLASS), or
+            sets with their own layout and parts.
         train_images: of each domain, at most so many to train on or adapt to; None: all.
         lr, momentum, weight_decay, epochs: of the source training, by SGD (see `backbone_share`).
         pairs: what to adapt, "source->target", folders in `data`; "digits8->shifted" is packaged.
@@ -60,8 +59,8 @@ class Config(ClassifierConfig):
         adapt_batch: images a batch.
         refresh: steps between two choices of prototypes.
         capacity: prototypes a class, at most.
-        memory: "train", prototypes from augmented images in training mode, as in the published code; "clean", from plain
-            images in evaluation mode: another estimator.
+        memory: "train", prototypes from augmented images in training mode, as in the published code; "clean", from
+            plain images in evaluation mode: another estimator.
         watch_steps: steps between two looks at the accuracy (target labels: looked at, never used).
         variants: "full" and the ablations "no_filter", "no_source", "naive".
         per_class: accuracy is the mean over classes, as for VisDA-C.
@@ -76,7 +75,14 @@ class Config(ClassifierConfig):
     batch_size: int = 32
     lr: float = 1e-2
     weight_decay: float = 1e-3
-    pairs: tuple[str, ...] = ("amazon->webcam", "dslr->webcam", "webcam->dslr", "amazon->dslr", "dslr->amazon", "webcam->amazon")
+    pairs: tuple[str, ...] = (
+        "amazon->webcam",
+        "dslr->webcam",
+        "webcam->dslr",
+        "amazon->dslr",
+        "dslr->amazon",
+        "webcam->amazon",
+    )
     weights: str | None = None
     size: int = 256
     crop: int | None = 224
@@ -101,14 +107,14 @@ HOME = ("Art", "Clipart", "Product", "Real_World")
 OFFICE_HOME = replace(PAPER, pairs=tuple(f"{a}->{b}" for a in HOME for b in HOME if a != b), epochs=50)
 VISDA = replace(PAPER, pairs=("train->validation",), model="resnet101", epochs=10, lr=1e-3, per_class=True)
 DESK = replace(
-    PAPER, preset="desk", model="small", mean=None, std=None, flip=False, size=32, crop=None, epochs=30, lr=5e-2, weight_decay=5e-4,
-    backbone_share=1.0, train_images=1_500, watch_images=1_500, steps=300, adapt_lr=2e-3, feature_share=0.5, refresh=50,
-    watch_steps=100, held=True, pairs=("mnist->usps", "usps->mnist", "pacs/photo->pacs/art_painting", "pacs/cartoon->pacs/sketch"),
-    variants=("full", "no_filter", "naive"), seeds=(0, 1),
+    PAPER, preset="desk", model="small", mean=None, std=None, flip=False, size=32, crop=None, epochs=30, lr=5e-2,
+    weight_decay=5e-4, backbone_share=1.0, train_images=1_500, watch_images=1_500, steps=300, adapt_lr=2e-3,
+    feature_share=0.5, refresh=50, watch_steps=100, held=True, variants=("full", "no_filter", "naive"), seeds=(0, 1),
+    pairs=("mnist->usps", "usps->mnist", "pacs/photo->pacs/art_painting", "pacs/cartoon->pacs/sketch"),
 )  # fmt: skip
 SMOKE = replace(
-    DESK, preset="smoke", pairs=(SHIFTED,), size=8, epochs=10, feature_share=1.0, train_images=None, watch_images=None, seeds=(0, 1, 2),
-    variants=VARIANTS,
+    DESK, preset="smoke", pairs=(SHIFTED,), size=8, epochs=10, feature_share=1.0, train_images=None, watch_images=None,
+    seeds=(0, 1, 2), variants=VARIANTS,
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
@@ -165,9 +171,10 @@ def check(config: Config) -> None:
     check_choices("memory", [config.memory], MEMORIES)
     if config.pairs != (SHIFTED,) and not (config.data or os.environ.get("PYACCEL_DATA")):
         raise ValueError(
-            f"the preset {config.preset} of source_free adapts {', '.join(config.pairs)} and was given no data: name the folder "
-            'that holds these folders with --data PATH or the environment variable PYACCEL_DATA; or choose the packaged digits: '
-            f"--preset smoke, pairs {SHIFTED}"
+            f"the preset {config.preset} of source_free adapts {', '.join(config.pairs)} and was given no data: name "
+            f"the "
+            "folder that holds these folders with --data PATH or the environment variable PYACCEL_DATA; or choose the "
+            f"packaged digits: --preset smoke, pairs {SHIFTED}"
         )
 
 
@@ -181,18 +188,6 @@ def open_domains(config: Config, pair: str) -> tuple[Domain, Domain]:
     return tuple(found)
 
 
-class SourceNet(nn.Module):
-    """Features and the paper's head: two linear layers without anything between them."""
-
-    def __init__(self, features: nn.Module, values: int, classes: int, bottleneck: int = 256):
-        super().__init__()
-        self.features, self.values = features, values
-        self.head = nn.Sequential(nn.Linear(values, bottleneck), nn.Linear(bottleneck, classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
-
-
 def source_net(config: Config, domain: Domain) -> SourceNet:
     """The network before any training, ImageNet weights in its features where the configuration names a file."""
     side = config.crop or config.size
@@ -200,8 +195,10 @@ def source_net(config: Config, domain: Domain) -> SourceNet:
     if config.model == "small":
         a, b, c = (max(1, round(n * config.width)) for n in (16, 32, 64))
         pool = nn.MaxPool2d(2) if side > 8 else nn.Identity()
-        parts = [nn.Conv2d(shape[0], a, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                 nn.Conv2d(b, c, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]  # fmt: skip
+        parts = [
+            nn.Conv2d(shape[0], a, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(a, b, 3, padding=1), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Conv2d(b, c, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        ]  # fmt: skip
         for layer in (parts[0], parts[3], parts[6]):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         return SourceNet(nn.Sequential(*parts), 4 * c, classes)
@@ -213,12 +210,14 @@ def source_net(config: Config, domain: Domain) -> SourceNet:
 
 def augment_of(config: Config, *, training: bool) -> Augment:
     if config.crop is not None:
-        return Window(size=config.crop, random=training, flip=training and config.flip, mean=config.mean, std=config.std)
+        return Window(
+            size=config.crop, random=training, flip=training and config.flip, mean=config.mean, std=config.std
+        )
     return Augment(config.crop_padding if training else 0, training and config.flip, config.mean, config.std)
 
 
 class Rounds:
-    """The batches of as many epochs as it takes, cut into rounds of `steps` batches: `Trainer` looks at the accuracy after each.
+    """The batches of as many epochs as it takes, in rounds of `steps` batches: `Trainer` evaluates after each round.
 
     The published loop counts steps and looks every 1,000 of them, whatever an epoch holds.
     """
@@ -242,7 +241,7 @@ class Rounds:
 
 @dataclass
 class Adapted:
-    """One pair and seed. Accuracies 0..1; `final`: after the last step, by variant; `watched`: (step, accuracy) on the way.
+    """One pair and seed. Accuracies 0..1, by variant: `final`, after the last step; `watched`, (step, accuracy).
 
     kept: share of pseudo-labels that the filter kept in the last round. diagnostics: see `diagnose`.
     """
@@ -267,7 +266,7 @@ def adapt(
     seconds = sum(row["seconds"] for row in rows)
     found = Adapted(
         score(config, net, source.test, device), score(config, net, target.test, device), {}, {}, {},
-        diagnose(config, net, target, device), 0.0,
+        diagnose(net, test_batches(config, target.train), target.train.labels, config.capacity, device), 0.0,
     )  # fmt: skip
     for variant in config.variants:
         model, rows = train_target(config, net, target, pair, variant, seed, device, out / variant, resume(variant))
@@ -285,7 +284,9 @@ def train_source(
     """Smoothed cross entropy, SGD with momentum (2007.01524 releases no source training: this follows SHOT's)."""
     groups = [{"params": list(net.features.parameters()), "lr": config.lr * config.backbone_share},
               {"params": list(net.head.parameters())}]  # fmt: skip
-    optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True)
+    optimizer = torch.optim.SGD(
+        groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: learning_rate_factor(epoch, config.epochs))
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -294,16 +295,39 @@ def train_source(
         return F.cross_entropy(found, batch.labels, label_smoothing=config.smoothing), {"accuracy": right}
 
     batches = training_batches(config, source, config.batch_size, seed)
-    return fit(config, net, optimizer, loss, batches, config.epochs, source, f"{pair}, source", seed, device, out, resume, scheduler)
+    return fit(
+        config,
+        net,
+        optimizer,
+        loss,
+        batches,
+        config.epochs,
+        source,
+        f"{pair}, source",
+        seed,
+        device,
+        out,
+        resume,
+        scheduler,
+    )
 
 
 def train_target(
-    config: Config, net: SourceNet, target: Domain, pair: str, variant: str, seed: int, device: torch.device, out: Path, resume: str
+    config: Config,
+    net: SourceNet,
+    target: Domain,
+    pair: str,
+    variant: str,
+    seed: int,
+    device: torch.device,
+    out: Path,
+    resume: str,
 ) -> tuple[TwoHeads, list[dict]]:
     """The adaptation; no label of the target is used."""
     seed_everything(seed)
     model = TwoHeads(
-        net.features, net.head, classes=len(target.train.classes), values=net.values, steps=config.steps, variant=variant,
+        net.features, net.head, classes=len(target.train.classes), values=net.values, steps=config.steps,
+        variant=variant,
         capacity=config.capacity,
     ).to(device)  # fmt: skip
     optimizer = model.optimizer(config.adapt_lr, config.adapt_lr * config.feature_share)
@@ -326,8 +350,8 @@ def train_target(
 
 
 def fit(
-    config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, loss, batches, epochs: int, domain: Domain, name: str,
-    seed: int, device: torch.device, out: Path, resume: str, scheduler=None,
+    config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, loss, batches, epochs: int, domain: Domain,
+    name: str, seed: int, device: torch.device, out: Path, resume: str, scheduler=None,
 ) -> list[dict]:  # fmt: skip
     """One training by `Trainer`; the rows of its metrics."""
     watched = test_batches(config, chosen(domain.test, config.watch_images))
@@ -337,7 +361,8 @@ def fit(
             f"accuracy {row['eval_accuracy']:.2%}  {row['seconds']:.1f} s")  # fmt: skip
 
     trainer = Trainer(
-        model, optimizer, loss_fn=loss, train_batches=batches, epochs=epochs, out=out, scheduler=scheduler, amp=config.amp,
+        model, optimizer, loss_fn=loss, train_batches=batches, epochs=epochs, out=out, scheduler=scheduler,
+        amp=config.amp,
         evaluate=lambda model: accuracy(model, watched, device=device), on_epoch_end=progress, seed=seed, device=device,
         best_metric="-loss",
         config={k: v for k, v in asdict(config).items() if k not in FREE} | {"name": name, "seed": seed},
@@ -347,11 +372,15 @@ def fit(
 
 def training_batches(config: Config, domain: Domain, size: int, seed: int) -> Batches:
     size = min(size, len(domain.train))
-    return Batches(domain.train, size, seed=seed, shuffle=True, drop_last=True, augment=augment_of(config, training=True))
+    return Batches(
+        domain.train, size, seed=seed, shuffle=True, drop_last=True, augment=augment_of(config, training=True)
+    )
 
 
 def test_batches(config: Config, images: Images) -> Batches:
-    return Batches(images, config.batch_size, shuffle=False, drop_last=False, augment=augment_of(config, training=False))
+    return Batches(
+        images, config.batch_size, shuffle=False, drop_last=False, augment=augment_of(config, training=False)
+    )
 
 
 def score(config: Config, model: nn.Module, images: Images, device: torch.device) -> float:
@@ -361,47 +390,6 @@ def score(config: Config, model: nn.Module, images: Images, device: torch.device
     if not config.per_class:
         return float(right.mean())
     counts = torch.bincount(images.labels, minlength=len(images.classes))
-    return float((torch.zeros(len(counts), dtype=torch.float64).index_add_(0, images.labels, right) / counts)[counts > 0].mean())
-
-
-def predict(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Probabilities `[N, K]` and, of a `SourceNet`, features `[N, D]` of all images, on the CPU."""
-    probabilities, features = [], []
-    with evaluating(model), torch.inference_mode():
-        for batch in batches.epoch(0):
-            images = batch.images.to(device)
-            if isinstance(model, SourceNet):
-                values = model.features(images)
-                features.append(values.float().cpu())
-                probabilities.append(model.head(values).float().softmax(1).cpu())
-            else:
-                probabilities.append(model(images).float().softmax(1).cpu())
-    return torch.cat(probabilities), torch.cat(features) if features else torch.empty(0)
-
-
-def diagnose(config: Config, net: SourceNet, target: Domain, device: torch.device) -> dict[str, float]:
-    """Of the source classifier on the target's images, plain, in evaluation mode: does what the method builds on hold?
-
-    Accuracy in the quartiles of self-entropy, lowest first; of the prototypes' labels; of those that the filter keeps
-    and drops (nan for none); the share kept; eta; fewest and most prototypes of a class.
-    """
-    probabilities, features = predict(net, test_batches(config, target.train), device)
-    labels = target.train.labels
-    right = (probabilities.argmax(1) == labels).double()
-    order = self_entropy(probabilities).argsort(stable=True)
-    memory = PrototypeMemory(probabilities.shape[1], features.shape[1], config.capacity)
-    memory.update(features, probabilities)
-    parts = [memory.label(part) for part in features.split(1024)]
-    found, keep = (torch.cat(part) for part in zip(*parts, strict=True))
-    agreed = (found == labels).double()
-    return {
-        **{f"quartile_{i + 1}": float(right[part].mean()) for i, part in enumerate(order.tensor_split(4))},
-        "argmax": float(right.mean()),
-        "prototypes": float(agreed.mean()),
-        "kept": float(keep.double().mean()),
-        "accuracy_kept": float(agreed[keep].mean()),
-        "accuracy_dropped": float(agreed[~keep].mean()),
-        "eta": float(memory.threshold),
-        "fewest": float(memory.counts.min()),
-        "most": float(memory.counts.max()),
-    }
+    return float(
+        (torch.zeros(len(counts), dtype=torch.float64).index_add_(0, images.labels, right) / counts)[counts > 0].mean()
+    )

@@ -30,7 +30,13 @@ QUARTILES = tuple(f"quartile_{i}" for i in range(1, 5))
 def results(config: Config, measured: Mapping[tuple[str, int], Adapted]) -> list[Result]:
     """Every figure of a run, over its seeds."""
     found: list[Result] = []
-    standard = config.preset == "paper" and config.model == "resnet50" and config.weights and config.steps == 5_000 and config.crop == 224
+    standard = (
+        config.preset == "paper"
+        and config.model == "resnet50"
+        and config.weights
+        and config.steps == 5_000
+        and config.crop == 224
+    )
 
     def add(name, values, unit, value=None, source="no figure for this was at hand"):
         if all(map(math.isfinite, values)):
@@ -58,7 +64,11 @@ def results(config: Config, measured: Mapping[tuple[str, int], Adapted]) -> list
         for variant in config.variants:
             means = [fmean(100 * measured[pair, seed].final[variant] for pair in config.pairs) for seed in config.seeds]
             add(f"mean/{variant}/accuracy", means, "%")
-        add("mean/source_only", [fmean(100 * measured[pair, s].source_only for pair in config.pairs) for s in config.seeds], "%")
+        add(
+            "mean/source_only",
+            [fmean(100 * measured[pair, s].source_only for pair in config.pairs) for s in config.seeds],
+            "%",
+        )
     return found
 
 
@@ -81,31 +91,54 @@ def _accuracy(report: Report) -> Section:
             rows.append((f"{pair}: {LABELS[variant]}", result.text(), report[f"{pair}/{variant}/gain"].text(),
                          report[f"{pair}/{variant}/kept"].text(), published))  # fmt: skip
     text = [
-        f"After the last of {config['steps']:,} steps, {report[config['pairs'][0] + '/source_only'].n} seeds: nothing is "
-        "selected on target labels (the published code keeps the best of its looks at them; that figure is in report.json as "
-        "best_on_target_labels). Gain: over the source classifier of the same seed. Kept: share of pseudo-labels that the "
-        "filter keeps in the last round.",
+        f"After the last of {config['steps']:,} steps, {report[config['pairs'][0] + '/source_only'].n} seed(s): "
+        f"nothing "
+        "is selected on target labels (the published code keeps the best of its looks at them; that figure is in "
+        "report.json as best_on_target_labels). Gain: over the source classifier of the same seed. Kept: share of "
+        "pseudo-labels that the filter keeps in the last round.",
     ]
     if "mean/source_only" in _names(report):
         means = "; ".join(f"{LABELS[v]} {report[f'mean/{v}/accuracy'].text()}" for v in config["variants"])
         text.append(f"Means over the pairs: source only {report['mean/source_only'].text()}; {means}.")
     sources = {report[f"{pair}/{v}/accuracy"].published_source for pair in config["pairs"] for v in config["variants"]}
     text.append(f"Published: {'; '.join(sorted(sources))}.")
-    return Section("Target accuracy", text, rows, [("adaptation.png", "Target accuracy during adaptation; dotted: source only.")])
+    return Section(
+        "Target accuracy", text, rows, [("adaptation.png", "Target accuracy during adaptation; dotted: source only.")]
+    )
 
 
 def _before(report: Report) -> Section:
     columns = [*QUARTILES, "argmax", "prototypes", "kept", "accuracy_kept", "accuracy_dropped", "eta", "most"]
-    heads = ["quartile 1", "2", "3", "4", "argmax", "prototypes", "share kept", "kept", "dropped", "eta", "most prototypes"]
+    heads = [
+        "quartile 1",
+        "2",
+        "3",
+        "4",
+        "argmax",
+        "prototypes",
+        "share kept",
+        "kept",
+        "dropped",
+        "eta",
+        "most prototypes",
+    ]
     rows, names = [("pair", *heads)], _names(report)
     for pair in report.config["pairs"]:
         cells = (f"{pair}/before/{c}" for c in columns)
-        rows.append((pair, *(report[c].text(2 if c.endswith(("kept", "eta")) else 1) if c in names else "none" for c in cells)))
+        rows.append(
+            (pair, *(report[c].text(2 if c.endswith(("kept", "eta")) else 1) if c in names else "none" for c in cells))
+        )
     text = [
-        "The source classifier on the target's images. Accuracy (%) in the quartiles of self-entropy, lowest first, and of all "
-        "(argmax); of the labels that prototypes give; of those among them that the filter keeps and drops.",
+        "The source classifier on the target's images. Accuracy (%) in the quartiles of self-entropy, lowest first, "
+        "and "
+        "of all (argmax); of the labels that prototypes give; of those among them that the filter keeps and drops.",
     ]
-    return Section("What the method builds on, before adaptation", text, rows, [("entropy.png", "Accuracy in the quartiles of self-entropy.")])
+    return Section(
+        "What the method builds on, before adaptation",
+        text,
+        rows,
+        [("entropy.png", "Accuracy in the quartiles of self-entropy.")],
+    )
 
 
 def _on_the_way(report: Report) -> Section:
@@ -123,18 +156,22 @@ def _on_the_way(report: Report) -> Section:
 
 def _method(report: Report) -> Section:
     c = report.config
+    weights = f"ImageNet weights from {c['weights']}" if c["weights"] else "from scratch"
+    chosen = "as the published code: augmented images, training mode" if c["memory"] == "train" else "from plain images"
+    target = "the whole target" if c["whole_target"] else "its training part and tested on the other"
     return Section(
         "How it was measured",
         [
-            f"Network {c['model']}, {'ImageNet weights from ' + c['weights'] if c['weights'] else 'from scratch'}; images of "
-            f"{c['crop'] or c['size']} pixels; data {c['data'] or 'packaged'}; source: {c['epochs']} epochs, SGD {c['lr']:g}; "
-            f"adaptation: {c['steps']:,} steps of {c['adapt_batch']}, SGD {c['adapt_lr']:g} for the heads, "
-            f"{c['adapt_lr'] * c['feature_share']:g} for the features, prototypes chosen every {c['refresh']} steps "
-            f"({'as the published code: augmented images, training mode' if c['memory'] == 'train' else 'from plain images'}); "
-            f"{'adapted to and tested on the whole target' if c['whole_target'] else 'adapted and tested on parts of the target'}; "
-            f"seeds {', '.join(map(str, c['seeds']))}.",
-            "The paper releases no source training: this one follows SHOT's recipe, so compare gains over the source classifier, "
-            "not accuracies. Classes never predicted get their own most probable sample, which the published code means and "
-            "misses; prototypes are averaged once each, not over repeats.",
+            f"Network {c['model']}, {weights}; images of {c['crop'] or c['size']} pixels; data "
+            f"{c['data'] or 'packaged'}; "
+            f"source: {c['epochs']} epochs, SGD {c['lr']:g}; adaptation: {c['steps']:,} steps of {c['adapt_batch']}, "
+            f"SGD "
+            f"{c['adapt_lr']:g} for the heads, {c['adapt_lr'] * c['feature_share']:g} for the features, prototypes "
+            f"chosen "
+            f"every {c['refresh']} steps ({chosen}); adapted to {target}; seeds {', '.join(map(str, c['seeds']))}.",
+            "The paper releases no source training: this one follows SHOT's recipe, so compare gains over the source "
+            "classifier, not accuracies. Classes never predicted get their own most probable sample, which the "
+            "published "
+            "code means and misses; prototypes are averaged once each, not over repeats.",
         ],
     )

@@ -19,7 +19,7 @@ def point_to_set(features: Tensor, sets: Sequence[Tensor]) -> tuple[Tensor, Tens
 
 
 def label_and_keep(features: Tensor, sets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pseudo-labels and what the filter keeps: farthest member of the best class nearer than the nearest of the second."""
+    """Pseudo-labels, and whether the best class's farthest member is nearer than the second's nearest."""
     mean, largest, smallest = point_to_set(features, sets)
     labels, keep = [], []
     for i in range(len(features)):

@@ -1,4 +1,4 @@
-"""`factorize`: convolutions kept as growing factors, for tasks that come one after another; `merge_factors`: and back."""
+"""`factorize`: convolutions kept as growing factors, for tasks one after another; `merge_factors`: and back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def factorize(model: nn.Module) -> nn.Module:
                 problems.append(f"{name} has a bias, which every task would change: build it with bias=False")
             if module.groups != 1 or module.padding_mode != "zeros":
                 problems.append(f"{name} has groups or a padding mode, for which there is no factorised form")
-        elif next(module.parameters(recurse=False), None) is not None or next(module.buffers(recurse=False), None) is not None:
+        elif (
+            next(module.parameters(recurse=False), None) is not None
+            or next(module.buffers(recurse=False), None) is not None
+        ):
             problems.append(
                 f"{name} ({type(module).__name__}) holds values that every task would change: earlier tasks would be "
                 "forgotten; use a network without normalisation, and read-outs of each task's own"

@@ -2,8 +2,8 @@
 
     L = (1 - alpha) mean CE(C_s2t(z), argmax C_s(F_s(x)))  +  alpha (1/B) sum_i w_i CE(C_t(z_i), y_i),   z = F_t(x)
 
-F_s, C_s: the source classifier, frozen. F_t, C_s2t, C_t: trained copies of it; C_t is the one to use afterwards. y and w:
-pseudo-label and filter of `nn.PrototypeMemory`, whose prototypes are chosen anew every so many steps.
+F_s, C_s: the source classifier, frozen. F_t, C_s2t, C_t: trained copies of it; C_t is the one to use afterwards. y and
+w: pseudo-label and filter of `nn.PrototypeMemory`, whose prototypes are chosen anew every so many steps.
 """
 
 from __future__ import annotations
@@ -49,28 +49,43 @@ class TwoHeadLoss(NamedTuple):
 class TwoHeads(nn.Module):
     """The source classifier, frozen, and its trained copies; `model(images)` gives the logits of C_t, `[B, K]`.
 
-    `model(images, learn=True)` gives the `TwoHeadLoss` of a batch, through `forward` so that DistributedDataParallel sees it.
+    `model(images, learn=True)` gives the `TwoHeadLoss` of a batch, so that DistributedDataParallel sees its forward.
 
-    As in the published code, batch normalisations that are direct children of the features stay in evaluation mode while
-    training, those inside blocks do not. `set_step(n)`, which `Trainer` calls, tells the schedule where it is.
+    As in the published code, batch normalisations that are direct children of the features stay in evaluation mode
+    while training, those inside blocks do not. `set_step(n)`, which `Trainer` calls, tells the schedule where it is.
 
     Args:
         features: images to `[B, D]`, as the source training left them. Not modified: copied.
         head: `[B, D]` to logits `[B, K]`; copied too.
         steps: S of the schedule.
-        variant: "full"; "no_filter" (w = 1); "no_source" (alpha = 1); "naive" (pseudo-labels are C_t's own argmax, w = 1):
+        variant: "full"; "no_filter" (w = 1); "no_source" (alpha = 1); "naive" (pseudo-labels are C_t's own argmax,
+            w = 1):
             the ablations that tell what the parts are worth.
         capacity: of the memory, prototypes a class.
     """
 
-    def __init__(self, features: nn.Module, head: nn.Module, *, classes: int, values: int, steps: int, variant: str = "full", capacity: int = 100):
+    def __init__(
+        self,
+        features: nn.Module,
+        head: nn.Module,
+        *,
+        classes: int,
+        values: int,
+        steps: int,
+        variant: str = "full",
+        capacity: int = 100,
+    ):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"TwoHeads: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if steps < 1:
             raise ValueError(f"TwoHeads: steps must be at least 1, got {steps}")
-        self.source_features, self.source_head = (copy.deepcopy(part).requires_grad_(False) for part in (features, head))
-        self.features, self.source_to_target, self.target_head = (copy.deepcopy(part) for part in (features, head, head))
+        self.source_features, self.source_head = (
+            copy.deepcopy(part).requires_grad_(False) for part in (features, head)
+        )
+        self.features, self.source_to_target, self.target_head = (
+            copy.deepcopy(part) for part in (features, head, head)
+        )
         self.memory = PrototypeMemory(classes, values, capacity)
         self.steps, self.variant, self.step = steps, variant, 0
         self.train()
@@ -121,12 +136,19 @@ class TwoHeads(nn.Module):
         # Divided by the batch, not by how many are kept: few labels are a small step.
         target = (F.cross_entropy(logits, labels, reduction="none") * keep).mean()
         alpha = 1.0 if self.variant == "no_source" else target_weight(self.step, self.steps)
-        return TwoHeadLoss((1 - alpha) * source + alpha * target, source.detach(), target.detach(), alpha, keep.float().mean())
+        return TwoHeadLoss(
+            (1 - alpha) * source + alpha * target, source.detach(), target.detach(), alpha, keep.float().mean()
+        )
 
-    def optimizer(self, lr: float, feature_lr: float, *, momentum: float = 0.9, weight_decay: float = 5e-4) -> torch.optim.SGD:
-        """SGD with Nesterov momentum: `feature_lr` for F_t, `lr` for both heads; `set_learning_rates` follows the schedule."""
+    def optimizer(
+        self, lr: float, feature_lr: float, *, momentum: float = 0.9, weight_decay: float = 5e-4
+    ) -> torch.optim.SGD:
+        """SGD with Nesterov momentum, `feature_lr` for F_t, `lr` for both heads; see `set_learning_rates`."""
         heads = [*self.source_to_target.parameters(), *self.target_head.parameters()]
-        groups = [{"params": list(self.features.parameters()), "lr": feature_lr, "first": feature_lr}, {"params": heads, "lr": lr, "first": lr}]
+        groups = [
+            {"params": list(self.features.parameters()), "lr": feature_lr, "first": feature_lr},
+            {"params": heads, "lr": lr, "first": lr},
+        ]
         return torch.optim.SGD(groups, lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
 
     def set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,11 @@ def mini(tmp_path, image_tree):
 
 def test_mini_imagenet_parts_are_disjoint_fixed_and_by_class(mini):
     train, test = (read_mini_imagenet(mini, split, size=8, train_per_class=6) for split in ("train", "test"))
-    assert (len(train), len(test), train.shape) == (18, 9, (3, 8, 8)) and train.classes == test.classes == ("n0", "n1", "n2")
+    assert (len(train), len(test), train.shape) == (18, 9, (3, 8, 8)) and train.classes == test.classes == (
+        "n0",
+        "n1",
+        "n2",
+    )
     assert not set(train.files) & set(test.files) and len(set(train.files) | set(test.files)) == 27
     assert train.labels.bincount().tolist() == [6] * 3 and test.labels.bincount().tolist() == [3] * 3
     assert train.files == read_mini_imagenet(mini, "train", size=8, train_per_class=6).files
@@ -25,14 +29,17 @@ def test_mini_imagenet_parts_are_disjoint_fixed_and_by_class(mini):
     for c in range(3):
         order = np.arange(9)
         generator.shuffle(order)
-        assert [f[-6:-4] for f in train.files[6 * c:6 * c + 6]] == [f"{i:02d}" for i in order[:6]]
+        assert [f[-6:-4] for f in train.files[6 * c : 6 * c + 6]] == [f"{i:02d}" for i in order[:6]]
     assert [f[-6:-4] for f in train.files[:6]] != [f"{i:02d}" for i in range(6)]
     images, labels = train.batch([0, 17])
     assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 2]
 
 
 def test_mini_imagenet_in_the_few_shot_layout_and_refusals(tmp_path, image_tree, mini):
-    few = image_tree(tmp_path / "few", {f"{home}/{home}{c}/{i}.png": (9, 9) for home in ("train", "val", "test") for c in range(2) for i in range(4)})
+    few = image_tree(
+        tmp_path / "few",
+        {f"{home}/{home}{c}/{i}.png": (9, 9) for home in ("train", "val", "test") for c in range(2) for i in range(4)},
+    )
     found = read_mini_imagenet(few, "train", train_per_class=3)
     assert len(found.classes) == 6 and len(found) == 18 and found.shape == (3, 84, 84)
     with pytest.raises(ValueError, match=r"n0: expected more than 500 images .*found 9"):
@@ -81,7 +88,9 @@ def test_notmnist_leaves_out_broken_files_with_one_warning(tmp_path):
     with pytest.warns(UserWarning, match=r"left out 2 broken files: .*C/x\.png, .*C/y\.png$"):
         found = read_notmnist(tmp_path, "train")
     assert found.shape == (1, 28, 28) and found.labels.tolist() == [i // 2 for i in range(20)]
-    assert torch.equal(found.images[5].unique(), torch.tensor([21], dtype=torch.uint8)) and found.classes == tuple("ABCDEFGHIJ")
+    assert torch.equal(found.images[5].unique(), torch.tensor([21], dtype=torch.uint8)) and found.classes == tuple(
+        "ABCDEFGHIJ"
+    )
     assert len(read_notmnist(tmp_path, "test")) == 20
     (tmp_path / "Train/D").rename(tmp_path / "Train/K")
     with pytest.raises(ValueError, match="expected the folders A to J, D is missing"):

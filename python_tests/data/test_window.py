@@ -45,7 +45,9 @@ def test_the_middle_and_normalisation():
 
 
 def test_batches_take_it_and_small_images_are_refused(image_set):
-    batch = next(iter(Batches(image_set(6), 3, shuffle=True, drop_last=True, augment=Window(size=5, random=True)).epoch(0)))
+    batch = next(
+        iter(Batches(image_set(6), 3, shuffle=True, drop_last=True, augment=Window(size=5, random=True)).epoch(0))
+    )
     assert batch.images.shape == (3, 3, 5, 5) and batch.images.dtype == torch.float32
     with pytest.raises(ValueError, match="images of 12x10 are smaller than the window of 11x11"):
         Window(size=11)(coordinates(1), torch.arange(1), 0, 0, 1)

@@ -59,7 +59,9 @@ def test_released_sizes_to_the_digit(table, classes, side, convolutions, megabyt
     assert 4 * (found + heads(net)) == round(megabytes * 1e6)
 
 
-@pytest.mark.parametrize("classes, side, megabytes", [((5,) * 20, 32, 31.73), ((5,) * 20, 84, 37.87), ((10,) * 5, 32, 8.03)])
+@pytest.mark.parametrize(
+    "classes, side, megabytes", [((5,) * 20, 32, 31.73), ((5,) * 20, 84, 37.87), ((10,) * 5, 32, 8.03)]
+)
 def test_size_of_individual_networks(classes, side, megabytes):
     net = models.build("cacl_net", classes=classes[0], input_shape=(3, side, side))
     # The published baseline has biases in its convolutions.
@@ -68,10 +70,10 @@ def test_size_of_individual_networks(classes, side, megabytes):
 
 
 @pytest.mark.parametrize("name, ranks", [
-    ("cifar100_01", {1: (9, 22, 30, 27, 22), 5: (33, 85, 109, 114, 120), 10: (78, 224, 249, 246, 254), 20: (181, 519, 546, 597, 692)}),
-    ("cifar100_04", {1: (5, 11, 12, 11, 8), 15: (72, 155, 99, 126, 75), 20: (100, 234, 125, 171, 105)}),
-    ("mini_imagenet_01", {5: (22, 57, 71, 75, 116), 15: (96, 289, 266, 271, 443), 20: (138, 422, 420, 413, 665)}),
-    ("mini_imagenet_04", {1: (4, 5, 9, 11, 13), 10: (28, 47, 43, 37, 79), 20: (66, 135, 86, 63, 151)}),
+    ("cifar100_01", {1: (9, 22, 30, 27, 22), 5: (33, 85, 109, 114, 120), 10: (78, 224, 249, 246, 254), 20: (181, 519,
+    546, 597, 692)}), ("cifar100_04", {1: (5, 11, 12, 11, 8), 15: (72, 155, 99, 126, 75), 20: (100, 234, 125, 171,
+    105)}), ("mini_imagenet_01", {5: (22, 57, 71, 75, 116), 15: (96, 289, 266, 271, 443), 20: (138, 422, 420, 413,
+    665)}), ("mini_imagenet_04", {1: (4, 5, 9, 11, 13), 10: (28, 47, 43, 37, 79), 20: (66, 135, 86, 63, 151)}),
 ])  # fmt: skip
 def test_growth_reproduces_the_released_tables(name, ranks):
     """Every task found room for what it added, and the slots at the end are the released ones."""
@@ -90,7 +92,9 @@ def test_growth_reproduces_the_released_tables(name, ranks):
 
 def small(tasks=3, seed=0):
     torch.manual_seed(seed)
-    features = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Flatten())
+    features = nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(), nn.Flatten()
+    )
     return ContinualNet(factorize(features), (2,) * tasks, 8 * 16)
 
 
@@ -103,11 +107,14 @@ def blobs(task, n=64):
 
 
 def learn(net, task, *, steps=40, decayed=0.0):
-    """One task. decayed: weight decay that also reaches the frozen factors, as one optimizer over whole factors does."""
+    """One task. decayed: weight decay that also reaches the frozen factors, as one optimizer over whole factors
+    does."""
     images, labels = blobs(task)
     parameters = [{"params": net.trained()}]
     if decayed:
-        shared = [nn.Parameter(b) for layer in net.layers for b in (layer.shared_left, layer.shared_sigma, layer.shared_right)]
+        shared = [
+            nn.Parameter(b) for layer in net.layers for b in (layer.shared_left, layer.shared_sigma, layer.shared_right)
+        ]
         for p in shared:
             p.grad = torch.zeros_like(p)
         parameters.append({"params": shared, "weight_decay": decayed})
@@ -157,7 +164,9 @@ def test_other_heads_get_no_gradient_and_a_task_trains_its_own_slots():
     net = small()
     learn(net, 0)
     before = [p.detach().clone() for p in net.heads[0].parameters()]
-    assert {id(p) for p in net.trained()} == {id(p) for p in net.features.parameters()} | {id(p) for p in net.heads[1].parameters()}
+    assert {id(p) for p in net.trained()} == {id(p) for p in net.features.parameters()} | {
+        id(p) for p in net.heads[1].parameters()
+    }
     learn(net, 1)
     assert all(torch.equal(a, b) for a, b in zip(net.heads[0].parameters(), before, strict=True))
     assert net.ranks == [tuple(layer.ranks[t] for layer in net.layers) for t in range(2)]

@@ -15,7 +15,11 @@ class Block(nn.Module):
         super().__init__()
         outputs = 4 * width if bottleneck else width
         # The stride is in the 3x3 convolution, torchvision's "v1.5".
-        kinds = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)] if bottleneck else [(inputs, width, 3, stride), (width, width, 3, 1)]
+        kinds = (
+            [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+            if bottleneck
+            else [(inputs, width, 3, stride), (width, width, 3, 1)]
+        )
         for i, (a, b, k, s) in enumerate(kinds, 1):
             setattr(self, f"conv{i}", nn.Conv2d(a, b, k, s, k // 2, bias=False))
             setattr(self, f"bn{i}", nn.BatchNorm2d(b))
@@ -66,7 +70,9 @@ def theirs(blocks=(2, 2, 2, 2), bottleneck=False):
     return net.eval()
 
 
-@pytest.mark.parametrize("name, blocks, bottleneck", [("resnet18", (2, 2, 2, 2), False), ("resnet50", (3, 4, 6, 3), True)])
+@pytest.mark.parametrize(
+    "name, blocks, bottleneck", [("resnet18", (2, 2, 2, 2), False), ("resnet50", (3, 4, 6, 3), True)]
+)
 def test_the_same_logits(name, blocks, bottleneck):
     net = theirs(blocks, bottleneck)
     model = models.build(name, classes=7, input_shape=(3, 72, 72)).eval()

@@ -1,4 +1,5 @@
-"""The factorised convolution: penalties, pruning by energy, growth, both deployed forms, prefixes that stay bit-equal."""
+"""The factorised convolution: penalties, pruning by energy, growth, both deployed forms, prefixes that stay
+bit-equal."""
 
 from __future__ import annotations
 
@@ -111,7 +112,9 @@ def test_growth():
         grown_spare(1, [1], 1, "more")
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"padding": "same"}, {"dilation": 2, "padding": (0, 2)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"padding": "same"}, {"dilation": 2, "padding": (0, 2)}]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_merged_two_convolutions_and_factors_are_one_function(options, seed):
     layer = taught(3, 5, inputs=4, outputs=6, seed=seed, **options)

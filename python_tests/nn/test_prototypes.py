@@ -70,7 +70,9 @@ def test_the_fused_filter_is_the_one_by_pairs(n, k, d, capacity, seed):
     expected = label_and_keep(points.double(), sets)
     mean = found.mean.sort(1, descending=True).values
     clear = mean[:, 0] - mean[:, 1] > 1e-5  # d = 1 has every cosine 1
-    margin = (found.smallest.gather(1, labels[:, None]) - found.largest.gather(1, found.mean.topk(2).indices[:, 1:]))[:, 0]
+    margin = (found.smallest.gather(1, labels[:, None]) - found.largest.gather(1, found.mean.topk(2).indices[:, 1:]))[
+        :, 0
+    ]
     assert torch.equal(labels[clear], expected[0][clear])
     assert torch.equal(keep[clear & (margin.abs() > 1e-6)], expected[1][clear & (margin.abs() > 1e-6)])
     assert memory.counts.tolist() == [len(rows) for rows in chosen.rows]
@@ -99,7 +101,9 @@ def test_scale_changes_neither_labels_nor_filter(seed, scale):
     points = drawn(30, 4, 16, seed + 1)[0]
     found = memory.similarities(points)
     labels, keep = memory.label(points)
-    margin = (found.smallest.gather(1, labels[:, None]) - found.largest.gather(1, found.mean.topk(2).indices[:, 1:]))[:, 0]
+    margin = (found.smallest.gather(1, labels[:, None]) - found.largest.gather(1, found.mean.topk(2).indices[:, 1:]))[
+        :, 0
+    ]
     gap = found.mean.topk(2).values
     clear = (margin.abs() > 1e-5) & (gap[:, 0] - gap[:, 1] > 1e-5)
     others = scaled.label(points * scale)
@@ -128,9 +132,13 @@ def test_no_gradient_passes_through_labels():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"expected probabilities \[N, K\] of N >= 1 samples and K >= 2 classes, got \[0, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"expected probabilities \[N, K\] of N >= 1 samples and K >= 2 classes, got \[0, 3\]"
+    ):
         choose_prototypes(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="expected at least 2 classes, 1 value and 1 prototype, got 1, 4, 100"):
         PrototypeMemory(1, 4)
-    with pytest.raises(ValueError, match=r"expected features \[N, 4\] and probabilities \[N, 3\], got \[5, 4\] and \[6, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"expected features \[N, 4\] and probabilities \[N, 3\], got \[5, 4\] and \[6, 3\]"
+    ):
         PrototypeMemory(3, 4).update(torch.zeros(5, 4), torch.zeros(6, 3))

@@ -39,8 +39,35 @@ def rows(folder):
 
 def test_the_published_orders():
     """Of seed 1, as the released models list them; tasks counted from 1 there."""
-    assert [k + 1 for k in continual_tasks.order(20, 1)] == [12, 6, 18, 20, 10, 1, 17, 2, 16, 7, 11, 14, 15, 13, 8, 4, 9, 3, 19, 5]
-    assert [continual_tasks.FIVE_SETS[k] for k in continual_tasks.order(5, 1)] == ["mnist", "svhn", "fashion_mnist", "cifar10", "notmnist"]
+    assert [k + 1 for k in continual_tasks.order(20, 1)] == [
+        12,
+        6,
+        18,
+        20,
+        10,
+        1,
+        17,
+        2,
+        16,
+        7,
+        11,
+        14,
+        15,
+        13,
+        8,
+        4,
+        9,
+        3,
+        19,
+        5,
+    ]
+    assert [continual_tasks.FIVE_SETS[k] for k in continual_tasks.order(5, 1)] == [
+        "mnist",
+        "svhn",
+        "fashion_mnist",
+        "cifar10",
+        "notmnist",
+    ]
 
 
 def test_tasks_are_blocks_of_classes_relabelled():
@@ -62,10 +89,14 @@ def test_several_sets_are_padded_to_32_with_three_channels(tmp_path, idx_files):
     mnist, usps = idx_files(tmp_path / "mnist", 28), idx_files(tmp_path / "usps", 16)
     first, second = continual_tasks.several_sets(tmp_path, ("mnist", "usps"))
     assert first.train.shape == second.test.shape == (3, 32, 32)
-    assert torch.equal(first.train.images[:, 2, 2:30, 2:30], mnist) and torch.equal(second.train.images[:, 0, 8:24, 8:24], usps)
+    assert torch.equal(first.train.images[:, 2, 2:30, 2:30], mnist) and torch.equal(
+        second.train.images[:, 0, 8:24, 8:24], usps
+    )
     assert int(first.train.images.sum()) == 3 * int(mnist.sum())
     assert first.mean == (0.1,) * 3 and first.std == (0.2752,) * 3
-    with pytest.raises(FileNotFoundError, match=r"svhn: no such folder; this protocol reads one folder a data set, mnist, svhn"):
+    with pytest.raises(
+        FileNotFoundError, match=r"svhn: no such folder; this protocol reads one folder a data set, mnist, svhn"
+    ):
         continual_tasks.several_sets(tmp_path, ("mnist", "svhn"))
     with pytest.raises(ValueError, match="expected some of .*got imagenet"):
         continual_tasks.several_sets(tmp_path, ("imagenet",))
@@ -80,7 +111,9 @@ def idx_files():
             header = b"\0\0\x08\x03" + np.array([n, side, side], ">u4").tobytes()
             (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
             labels = (np.arange(n) % 10).astype(np.uint8)
-            (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + np.array([n], ">u4").tobytes() + labels.tobytes())
+            (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+                b"\0\0\x08\x01" + np.array([n], ">u4").tobytes() + labels.tobytes()
+            )
         return torch.from_numpy(pixels)
 
     return make
@@ -106,11 +139,15 @@ def test_nothing_is_forgotten_and_the_controls_forget(smoke):
 def test_ranks_sizes_and_compute_are_consistent(smoke):
     found, shapes = report.read(smoke), [(9, 16), (144, 32), (288, 32)]
     ranks = [[found[f"svd/rank/{t}/{layer + 1}"].value for layer in range(3)] for t in range(1, 6)]
-    assert all(a <= b for first, second in zip(ranks, ranks[1:], strict=False) for a, b in zip(first, second, strict=True))
+    assert all(
+        a <= b for first, second in zip(ranks, ranks[1:], strict=False) for a, b in zip(first, second, strict=True)
+    )
     held = sum(r * (c + o + 1) for r, (c, o) in zip(ranks[-1], shapes, strict=True))
     heads = 5 * (128 * 2 + 2)
     assert found["svd/parameters/convolutions"].value == held and found["svd/parameters/readouts"].value == heads
-    assert found["svd/size"].value == pytest.approx(4e-6 * (held + heads)) and found["svd/parameters/prefixes"].value == 15
+    assert (
+        found["svd/size"].value == pytest.approx(4e-6 * (held + heads)) and found["svd/parameters/prefixes"].value == 15
+    )
     dense = sum(c * o for c, o in shapes)
     assert found["individual/size"].value == pytest.approx(4e-6 * (5 * dense + heads))
     assert found["individual_over_svd/size"].value == pytest.approx((5 * dense + heads) / (held + heads))
@@ -122,7 +159,14 @@ def test_ranks_sizes_and_compute_are_consistent(smoke):
 
 def test_the_report_and_its_plots(smoke, capsys):
     names = {file.name for file in smoke.iterdir()}
-    assert {"accuracy.png", "ranks.png", "matrix_svd.png", "matrix_sequential.png", "matrix_decayed.png", "report.md"} <= names
+    assert {
+        "accuracy.png",
+        "ranks.png",
+        "matrix_svd.png",
+        "matrix_sequential.png",
+        "matrix_decayed.png",
+        "report.md",
+    } <= names
     text = (smoke / "report.md").read_text()
     assert "control: decay reaches the frozen factors" in text and "One seed: no spread is known" in text
     assert main(["report", str(smoke)]) == 0
@@ -196,7 +240,14 @@ def test_bad_fields_are_refused_before_anything_is_written(tmp_path, monkeypatch
 
 def test_presets_follow_the_protocols(tmp_path, idx_files):
     paper = continual_svd.preset("paper")
-    assert (paper.tasks, paper.epochs, paper.lr_drops, paper.sparsity, paper.orthogonality, paper.energy) == (20, 200, (0.6, 0.9), 0.1, 1.0, 3e-5)
+    assert (paper.tasks, paper.epochs, paper.lr_drops, paper.sparsity, paper.orthogonality, paper.energy) == (
+        20,
+        200,
+        (0.6, 0.9),
+        0.1,
+        1.0,
+        3e-5,
+    )
     idx_files(tmp_path / "mnist", 28)
     five = continual_svd.preset("paper", str(tmp_path))
     assert (five.protocol, five.growth, five.crop_padding, five.flip) == ("sets", "full", 0, False)
@@ -206,25 +257,38 @@ def test_presets_follow_the_protocols(tmp_path, idx_files):
     assert continual_svd.preset("desk", "digits").tasks == 5
 
 
-@pytest.mark.parametrize("protocol, sizes, value", [("split", (5, 2500, 500), 86.58), ("mini_imagenet", (5, 2500, 500), 70.10)])
+@pytest.mark.parametrize(
+    "protocol, sizes, value", [("split", (5, 2500, 500), 86.58), ("mini_imagenet", (5, 2500, 500), 70.10)]
+)
 def test_published_figures_stand_only_beside_the_published_experiment(protocol, sizes, value):
     config = {"split": continual_svd.PAPER, "mini_imagenet": continual_svd.MINI_IMAGENET}[protocol]
 
     def task(classes, train, test):
-        sets = [ImageSet(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), "abcdefghij"[:classes], "x") for n in (train, test)]
+        sets = [
+            ImageSet(
+                torch.zeros(n, 1, 1, 1, dtype=torch.uint8),
+                torch.zeros(n, dtype=torch.int64),
+                "abcdefghij"[:classes],
+                "x",
+            )
+            for n in (train, test)
+        ]
         return continual_tasks.Task("x", *sets, None, None)
 
     assert continual_svd.published(config, [task(*sizes)] * 20)[0] == value
     for other in (replace(config, epochs=199), replace(config, width=0.5), replace(config, sparsity=0.4)):
         assert continual_svd.published(other, [task(*sizes)] * 20)[0] is None
-    assert continual_svd.published(config, [task(5, 60, 15)] * 20) == (None, "not the published experiment: other data set")
+    assert continual_svd.published(config, [task(5, 60, 15)] * 20) == (
+        None,
+        "not the published experiment: other data set",
+    )
 
 
 @pytest.mark.slow
 def test_more_pressure_keeps_fewer_numbers(tmp_path):
     """The sign that the specification measured, at fixed long training: used numbers fall with lambda_s."""
     train, test = digits8("train"), digits8("test")
-    tasks = continual_tasks.split_by_class(train, test, 5, None, None)
+    tasks = continual_tasks.split_by_class(train, test, 5, None, None)[:2]
     for seed in (1, 2, 3):
         used = []
         for sparsity in (0.0, 2.0):

@@ -1,4 +1,5 @@
-"""The recipe `source_free`: domains, the smoke preset from the command line to the report, its diagnostics, resumption."""
+"""The recipe `source_free`: domains, the smoke preset from the command line to the report, its diagnostics,
+resumption."""
 
 from __future__ import annotations
 
@@ -20,7 +21,20 @@ from pyaccel.training.log import TIME_COLUMNS
 pytest.importorskip("sklearn")
 pytest.importorskip("jsonargparse")
 PAIR = domains.SHIFTED
-ARGUMENTS = ["run", "source_free", "--preset", "smoke", "--seeds", "[0]", "--steps", "80", "--watch_steps", "40", "--epochs", "5"]
+ARGUMENTS = [
+    "run",
+    "source_free",
+    "--preset",
+    "smoke",
+    "--seeds",
+    "[0]",
+    "--steps",
+    "80",
+    "--watch_steps",
+    "40",
+    "--epochs",
+    "5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +76,9 @@ def test_the_shift_is_deterministic_and_parts_are_disjoint():
     total = sum(len(digits8(part)) for part in ("train", "test"))
     assert len(pixels) > 890 and total == 1797
     # Contrast 0.7 and noise: nothing white is left, and black is no longer black.
-    assert source.train.images.max() == 255 and float(target.train.images.float().mean()) < float(source.train.images.float().mean())
+    assert source.train.images.max() == 255 and float(target.train.images.float().mean()) < float(
+        source.train.images.float().mean()
+    )
     assert float((target.train.images == 0).float().mean()) < float((source.train.images == 0).float().mean())
 
 
@@ -74,14 +90,18 @@ def test_domains_of_one_size_and_channels(tmp_path, image_tree, idx_folder):
     assert len(target.train) == 40 and target.train is target.test and len(source.train) == len(source.test) == 20
     apart = domains.open_pair(tmp_path, "mnist->usps", 20, whole_target=False)[1]
     assert len(apart.train) == len(apart.test) == 20
-    flat = domains._same(domains.ImageSet(torch.full((1, 1, 16, 16), 77, dtype=torch.uint8), torch.tensor([0]), "a", "flat"), 9, 3)
+    flat = domains._same(
+        domains.ImageSet(torch.full((1, 1, 16, 16), 77, dtype=torch.uint8), torch.tensor([0]), "a", "flat"), 9, 3
+    )
     assert flat.shape == (3, 9, 9) and flat.images.unique().tolist() == [77]
 
 
 def test_folders_with_images_inside_with_parts_and_without(tmp_path, image_tree):
     image_tree(tmp_path / "amazon/images", {f"{c}/{i}.png": (30, 40) for c in "ab" for i in range(10)})  # Office-31
     image_tree(tmp_path / "Art", {f"{c}/{i}.png": (30, 40) for c in "ab" for i in range(3)})  # Office-Home
-    image_tree(tmp_path / "photo", {f"{p}/{c}/{i}.png": (30, 40) for p in ("train", "test") for c in "ab" for i in range(2)})
+    image_tree(
+        tmp_path / "photo", {f"{p}/{c}/{i}.png": (30, 40) for p in ("train", "test") for c in "ab" for i in range(2)}
+    )
     source, target = domains.open_pair(tmp_path, "amazon->Art", 12, whole_target=True)
     assert (len(source.train), len(source.test), len(target.train)) == (18, 2, 6) and target.test is target.train
     assert not set(source.train.files) & set(source.test.files) and source.train.shape == (3, 12, 12)
@@ -104,8 +124,12 @@ def idx_folder():
         folder.mkdir(parents=True)
         pixels = np.random.default_rng(side).integers(0, 256, (n, side, side), dtype=np.uint8)
         for prefix in ("train", "t10k"):
-            (folder / f"{prefix}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + np.array([n, side, side], ">u4").tobytes() + pixels.tobytes())
-            (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + np.array([n], ">u4").tobytes() + (np.arange(n) % 10).astype(np.uint8).tobytes())
+            (folder / f"{prefix}-images-idx3-ubyte").write_bytes(
+                b"\0\0\x08\x03" + np.array([n, side, side], ">u4").tobytes() + pixels.tobytes()
+            )
+            (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+                b"\0\0\x08\x01" + np.array([n], ">u4").tobytes() + (np.arange(n) % 10).astype(np.uint8).tobytes()
+            )
 
     return make
 
@@ -129,7 +153,9 @@ def test_rounds_are_the_epochs_in_turn():
     expected = [b.sample_ids for epoch in range(4) for b in batches.epoch(epoch)][:10]
     rounds = source_free.Rounds(batches, 5)
     found = [b.sample_ids for number in range(2) for b in rounds.epoch(number)]
-    assert len(batches) == 3 and len(rounds) == 5 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (
+        len(batches) == 3 and len(rounds) == 5 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    )
     assert torch.equal(next(iter(rounds.epoch(1, 3))).sample_ids, expected[8])
 
 
@@ -137,7 +163,9 @@ def test_rounds_are_the_epochs_in_turn():
 def test_what_the_method_builds_on_holds(seed, sources, tmp_path_factory):
     """Before any adaptation: entropy sorts by accuracy, prototypes beat the argmax, kept labels beat dropped ones."""
     config, net, target = sources(seed, tmp_path_factory.mktemp("source"))
-    found = source_free.diagnose(config, net, target, torch.device("cpu"))
+    found = source_free.diagnose(
+        net, source_free.test_batches(config, target.train), target.train.labels, 100, torch.device("cpu")
+    )
     quartiles = [found[f"quartile_{i}"] for i in range(1, 5)]
     assert quartiles == sorted(quartiles, reverse=True) and len(set(quartiles)) == 4
     assert found["prototypes"] > found["argmax"] == pytest.approx(sum(quartiles) / 4, abs=0.01)
@@ -153,7 +181,9 @@ def test_adapted_beats_source_only_and_naive_over_seeds(sources, tmp_path):
         config, net, target = sources(seed, tmp_path)
         before = source_free.score(config, net, target.test, torch.device("cpu"))
         for variant, gathered in (("full", gains), ("naive", naive)):
-            model, _ = source_free.train_target(config, net, target, PAIR, variant, seed, torch.device("cpu"), tmp_path / f"{seed}-{variant}", "auto")
+            model, _ = source_free.train_target(
+                config, net, target, PAIR, variant, seed, torch.device("cpu"), tmp_path / f"{seed}-{variant}", "auto"
+            )
             gathered.append(source_free.score(config, model, target.test, torch.device("cpu")) - before)
     assert sum(gains) / 3 > 0.02, gains
     assert sum(naive) / 3 < sum(gains) / 3 - 0.1, (gains, naive)
@@ -161,7 +191,9 @@ def test_adapted_beats_source_only_and_naive_over_seeds(sources, tmp_path):
 
 def test_the_report(smoke, capsys):
     found = report.read(smoke)
-    assert {"adaptation.png", "entropy.png", "report.md", "report.json", "config.yaml"} <= {f.name for f in smoke.iterdir()}
+    assert {"adaptation.png", "entropy.png", "report.md", "report.json", "config.yaml"} <= {
+        f.name for f in smoke.iterdir()
+    }
     for variant in ("full", "naive"):
         final = found[f"{PAIR}/{variant}/accuracy"].value
         assert final == found[f"{PAIR}/{variant}/after/80"].value  # the last step, every target image
@@ -214,14 +246,31 @@ def test_accuracy_per_class():
             return torch.eye(10)[torch.zeros(len(x), dtype=torch.long)]
 
     assert source_free.score(config, Always(), images, torch.device("cpu")) == pytest.approx(1 / 3)
-    assert source_free.score(replace(config, per_class=False), Always(), images, torch.device("cpu")) == pytest.approx(6 / 8)
+    assert source_free.score(replace(config, per_class=False), Always(), images, torch.device("cpu")) == pytest.approx(
+        6 / 8
+    )
 
 
 def test_presets_follow_the_folders(tmp_path):
     paper = source_free.preset("paper")
-    assert (paper.steps, paper.adapt_lr, paper.feature_share, paper.refresh, paper.capacity, paper.adapt_batch) == (5000, 1e-3, 0.1, 100, 100, 32)
-    assert len(paper.pairs) == 6 and (paper.size, paper.crop, paper.memory, paper.whole_target) == (256, 224, "train", True)
-    for names, pairs, model in ((("Art", "Clipart", "Real World"), 12, "resnet50"), (("train", "validation"), 1, "resnet101")):
+    assert (paper.steps, paper.adapt_lr, paper.feature_share, paper.refresh, paper.capacity, paper.adapt_batch) == (
+        5000,
+        1e-3,
+        0.1,
+        100,
+        100,
+        32,
+    )
+    assert len(paper.pairs) == 6 and (paper.size, paper.crop, paper.memory, paper.whole_target) == (
+        256,
+        224,
+        "train",
+        True,
+    )
+    for names, pairs, model in (
+        (("Art", "Clipart", "Real World"), 12, "resnet50"),
+        (("train", "validation"), 1, "resnet101"),
+    ):
         home = tmp_path / names[-1]
         for name in names:
             (home / name).mkdir(parents=True)
@@ -239,9 +288,14 @@ def test_the_paper_s_network_on_folders_with_weights_from_a_file(tmp_path, image
 
     state = donor.state_dict()
     theirs = {name: state[ours] + (0.5 if name == "conv1.weight" else 0) for ours, name in _names(donor).items()}
-    save_file({k: v.clone() for k, v in theirs.items()} | {"fc.weight": donor.readout.weight.detach(), "fc.bias": donor.readout.bias.detach()}, tmp_path / "imagenet.safetensors")
+    save_file(
+        {k: v.clone() for k, v in theirs.items()}
+        | {"fc.weight": donor.readout.weight.detach(), "fc.bias": donor.readout.bias.detach()},
+        tmp_path / "imagenet.safetensors",
+    )
     config = replace(
-        source_free.preset("paper", str(tmp_path)), model="resnet18", width=0.1, pairs=("amazon->webcam",), weights=str(tmp_path / "imagenet.safetensors"),
+        source_free.preset("paper", str(tmp_path)), model="resnet18", width=0.1, pairs=("amazon->webcam",),
+        weights=str(tmp_path / "imagenet.safetensors"),
         size=80, crop=72, epochs=1, steps=2, watch_steps=2, batch_size=4, adapt_batch=4,
     )  # fmt: skip
     net = source_free.source_net(config, source_free.open_domains(config, "amazon->webcam")[0])

@@ -30,7 +30,8 @@ def test_a_network_of_the_users_own_there_and_back():
 
 @pytest.mark.parametrize("layers, message", [
     ([nn.Conv2d(3, 4, 3)], "0 has a bias, which every task would change: build it with bias=False"),
-    ([nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)], r"1 \(BatchNorm2d\) holds values that every task would change"),
+    ([nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)],
+    r"1 \(BatchNorm2d\) holds values that every task would change"),
     ([nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4, 2)], r"2 \(Linear\) holds values"),
     ([nn.Conv2d(4, 4, 3, groups=2, bias=False)], "0 has groups or a padding mode"),
     ([nn.ReLU()], "it has no Conv2d"),

@@ -14,8 +14,19 @@ from pyaccel.training.source_free import VARIANTS
 
 def two_heads(variant="full", steps=100, seed=0, norm=False):
     torch.manual_seed(seed)
-    features = nn.Sequential(nn.Linear(6, 8), *([nn.BatchNorm1d(8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))] if norm else [nn.ReLU()]))
-    return TwoHeads(features, nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3)), classes=3, values=8, steps=steps, variant=variant, capacity=10)
+    features = nn.Sequential(
+        nn.Linear(6, 8),
+        *([nn.BatchNorm1d(8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))] if norm else [nn.ReLU()]),
+    )
+    return TwoHeads(
+        features,
+        nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3)),
+        classes=3,
+        values=8,
+        steps=steps,
+        variant=variant,
+        capacity=10,
+    )
 
 
 class Target(NamedTuple):
@@ -33,7 +44,9 @@ def test_the_schedule_of_the_paper():
     assert target_weight(5000, 5000) == pytest.approx(1, abs=1e-8)
     assert learning_rate_factor(0, 5000) == 1
     assert learning_rate_factor(5000, 5000) == learning_rate_factor(9999, 5000) == pytest.approx(0.1656, abs=5e-5)
-    assert [learning_rate_factor(s, 10) for s in range(10)] == sorted((learning_rate_factor(s, 10) for s in range(10)), reverse=True)
+    assert [learning_rate_factor(s, 10) for s in range(10)] == sorted(
+        (learning_rate_factor(s, 10) for s in range(10)), reverse=True
+    )
 
 
 def test_the_head_of_office_31_has_the_published_count():
@@ -43,7 +56,11 @@ def test_the_head_of_office_31_has_the_published_count():
 
 def test_all_copies_start_alike_and_the_source_never_moves():
     net = two_heads()
-    for a, b in ((net.features, net.source_features), (net.target_head, net.source_head), (net.source_to_target, net.source_head)):
+    for a, b in (
+        (net.features, net.source_features),
+        (net.target_head, net.source_head),
+        (net.source_to_target, net.source_head),
+    ):
         assert all(torch.equal(p, q) and p is not q for p, q in zip(a.parameters(), b.parameters(), strict=True))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     net.refresh(batches())
@@ -88,8 +105,12 @@ def test_the_loss_is_its_definition(variant, seed):
     if variant in ("naive", "no_filter"):
         w = torch.ones(16, dtype=torch.bool)
     terms = -net.target_head(values).log_softmax(1)[torch.arange(16), y]
-    target = sum(float(t) for t, kept in zip(terms.detach(), w, strict=True) if kept) / 16  # by B, not by how many are kept
-    assert float(found.loss.detach()) == pytest.approx((1 - expected_alpha) * float(source.detach()) + expected_alpha * target, rel=1e-5)
+    target = (
+        sum(float(t) for t, kept in zip(terms.detach(), w, strict=True) if kept) / 16
+    )  # by B, not by how many are kept
+    assert float(found.loss.detach()) == pytest.approx(
+        (1 - expected_alpha) * float(source.detach()) + expected_alpha * target, rel=1e-5
+    )
     assert float(found.kept) == pytest.approx(float(w.float().mean()))
 
 
