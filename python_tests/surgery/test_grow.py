@@ -75,7 +75,7 @@ def test_another_batch_differs_by_its_statistics_alone():
     assert 1e-6 < error(model, deeper, x_of(model, 2, 64), training=True) < 0.2
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6))
 def test_chains_of_five_on_random_networks(seed):
     choose = random.Random(seed)
