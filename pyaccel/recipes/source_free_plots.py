@@ -31,7 +31,7 @@ def draw(measured: Mapping[tuple[str, int], Adapted], variants: Sequence[str], o
 
 
 def _adaptation(measured: Mapping, pairs: Sequence[str], variants: Sequence[str], path: Path) -> None:
-    with _figure(path, len(pairs), (3.4 * len(pairs) + 1.2, 3.4)) as (_, axes):
+    with _figure(path, len(pairs), (3.2 * len(pairs) + 2.2, 3.2)) as (_, axes):
         for axis, pair in zip(axes, pairs, strict=True):
             runs = [run for (p, _), run in measured.items() if p == pair]
             before = 100 * fmean(run.source_only for run in runs)
@@ -47,7 +47,7 @@ def _adaptation(measured: Mapping, pairs: Sequence[str], variants: Sequence[str]
             axis.set_xlabel("step")
             axis.set_ylim(bottom=0)
         axes[0].set_ylabel("target accuracy (%)")
-        axes[-1].legend(loc="lower left", fontsize=8)
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
 
 def _entropy(measured: Mapping, pairs: Sequence[str], path: Path) -> None:

@@ -102,9 +102,9 @@ def _accuracy(report: Report) -> Section:
         text.append(f"Means over the pairs: source only {report['mean/source_only'].text()}; {means}.")
     sources = {report[f"{pair}/{v}/accuracy"].published_source for pair in config["pairs"] for v in config["variants"]}
     text.append(f"Published: {'; '.join(sorted(sources))}.")
-    return Section(
-        "Target accuracy", text, rows, [("adaptation.png", "Target accuracy during adaptation; dotted: source only.")]
-    )
+    caption = "Target accuracy during adaptation; thin: seeds; dotted: source only."
+    files = ["adaptation.png", *(f"adaptation_{n}.png" for n in range(2, 1 + math.ceil(len(config["pairs"]) / 3)))]
+    return Section("Target accuracy", text, rows, [(file, caption) for file in files])
 
 
 def _before(report: Report) -> Section:
