@@ -1,4 +1,4 @@
-"""The command line: `pyaccel run | list | doctor | bench | report | check-data`, also `python -m pyaccel ...`."""
+"""The command line: `pyaccel run | plan | list | doctor | bench | report | check-data`, also `python -m pyaccel ...`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if arguments[:1] == ["run"]:  # its options are the recipe's fields, which argparse does not know
-            return _run(arguments[1:])
+        if arguments[:1] in (["run"], ["plan"]):  # whose options are the recipe's fields, unknown to argparse
+            return (_run if arguments[0] == "run" else _plan)(arguments[1:])
         options = _parser().parse_args(arguments)
         return options.command(options)
     except USER_ERRORS as error:
@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     commands.add_parser("run", help="train what a recipe describes, and write a report")  # see main
+
+    commands.add_parser("plan", help="memory and time of a recipe's training step, and the largest batch that fits")
 
     listing = commands.add_parser("list", help="the recipes")
     listing.set_defaults(command=lambda options: _list())
@@ -110,6 +112,40 @@ def _run(arguments: list[str]) -> int:
         return 0
     headline = dataclasses.replace(module.describe(report)[0], plots=())
     print(f"{section_text(headline)}\n\nThe whole report: {Path(out) / MARKDOWN}")
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    usage = (
+        "pyaccel plan RECIPE [the fields of `pyaccel run RECIPE`] [--memory GIB] [--count-only]\n\n"
+        "--memory GIB   the memory to fit the batch into; default: the device's\n"
+        "--count-only   measure nothing: the tensors of a step are counted without computing it, in seconds"
+    )
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(f"usage: {usage}")
+            return 0
+        raise ValueError(f"plan: expected the name of a recipe first: {usage.splitlines()[0]}")
+    own = _Parser(prog="pyaccel plan", add_help=False)
+    own.add_argument("--memory", type=float)
+    own.add_argument("--count-only", action="store_true")
+    own.add_argument("--at", type=int)  # measure this batch size here, for the process that plans
+    own.add_argument("--network")
+    options, rest = own.parse_known_args(arguments[1:])
+    name, module = arguments[0], recipes.find(arguments[0]).load()
+    config, _, _ = parse_run(name, rest)
+
+    from pyaccel.memory import recycle_memory
+    from pyaccel.recipes import planning
+    from pyaccel.recipes.report import table_text
+
+    if options.at is not None:
+        recycle_memory()
+        print(planning.measure(name, module, config, options.network, options.at))
+        return 0
+    limit = None if options.memory is None else int(options.memory * 2**30)
+    plans = planning.plan(name, module, config, None if options.count_only else [name, *rest], limit)
+    print(table_text(planning.table(plans)))
     return 0
 
 

@@ -30,6 +30,7 @@ from pyaccel.recipes.classifier import (
     check_choices,
     check_fields,
     chosen,
+    cross_entropy,
     device_of,
     open_data,
     plain_batches,
@@ -38,6 +39,7 @@ from pyaccel.recipes.classifier import (
 )
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.report import Report, write
 from pyaccel.training import History, seed_everything
 
@@ -97,7 +99,7 @@ TINY_IMAGENET = replace(
     PAPER, preset="tiny_imagenet", model="vgg11_bntt", steps=30, leak=0.99, epochs=90, batch_size=128, crop_padding=8
 )
 TINY_IMAGENET_DESK = replace(
-    TINY_IMAGENET, preset="tiny_imagenet_desk", train_images=3_000, watch_images=500, width=0.125, steps=6, epochs=4,
+    TINY_IMAGENET, preset="tiny_imagenet_desk", train_images=2_000, watch_images=200, width=0.125, steps=5, epochs=5,
     batch_size=64, lr=0.1,
 )
 # What makes a run the published CIFAR-10 experiment, besides its data set: as in PAPER.
@@ -216,6 +218,14 @@ def readable(images: Tensor) -> Tensor:
     if images.dim() == 5:
         return images.transpose(0, 1).contiguous()
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def networks(config: Config, images: Images) -> dict[str, Network]:
+    """What this recipe trains, for `pyaccel plan`."""
+    return {
+        norm: Network(lambda norm=norm: build(config, images, norm, config.seeds[0]), cross_entropy(logits))
+        for norm in config.norms
+    }
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from .checkpoint import (Checkpoint, list_checkpoints, load_checkpoint, restore,
                          write_checkpoint)
 from .log import RunLog
 from .plain import plain_config
+from .plan import peak_memory
 from .progress import Progress
 from .seeds import capture_rng, seed_everything
 from .signals import StopRequest, stop_on_signals
@@ -361,7 +360,7 @@ class Trainer:
         return {"epoch": self.epoch, "step": self.step, "lr": float(self.optimizer.param_groups[0]["lr"]),
                 **{f"train_{name}": value for name, value in means.items()},
                 "seconds": self.seconds, "samples_per_second": averages.samples / max(self.seconds, 1e-9),
-                "memory_mb": _peak_memory(self.device) / 2**20}
+                "memory_mb": peak_memory(self.device) / 2**20}
 
     def _status(self) -> str:
         loss = self.averages.means()["loss"]
@@ -373,10 +372,3 @@ def _closing(batches: Any):
     """The iterator, closed at the end if it can be: its workers then end with the epoch also when an error ends it."""
     iterator: Iterator = iter(batches)
     return closing(iterator) if hasattr(iterator, "close") else nullcontext(iterator)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the peak of torch's allocator on CUDA, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -13,16 +14,21 @@ T = TypeVar("T")
 
 def to_device(batch: T, device: str | torch.device) -> T:
     """The batch with every tensor on `device`: named tuples, tuples, lists, dicts, dataclasses, nested as they like."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_tensors(batch: T, change: Callable[[Tensor], Tensor]) -> T:
+    """The batch with every tensor changed; the same containers as in `to_device`."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return change(batch)
     if isinstance(batch, dict):
-        return type(batch)((key, to_device(value, device)) for key, value in batch.items())
+        return type(batch)((key, map_tensors(value, change)) for key, value in batch.items())
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(map_tensors(value, change) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(map_tensors(value, change) for value in batch)
     if dataclasses.is_dataclass(batch):
-        return dataclasses.replace(batch, **{field.name: to_device(getattr(batch, field.name), device)
+        return dataclasses.replace(batch, **{field.name: map_tensors(getattr(batch, field.name), change)
                                              for field in dataclasses.fields(batch)})
     return batch
 

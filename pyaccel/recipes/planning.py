@@ -1,0 +1,164 @@
+"""`pyaccel plan`: what a training step of a recipe needs, and the largest batch that fits, before a long run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyaccel.data import Batch
+from pyaccel.recipes.classifier import ClassifierConfig, Loss, device_of, open_data, sgd
+from pyaccel.training.plan import StepMemory, measure_step, step_memory
+
+LINE = "measured: "
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that a recipe trains: made on the CPU by `build()`, trained with `loss`."""
+
+    build: Callable[[], nn.Module]
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes and seconds of a training step of one network at `batch` images a process.
+
+    counted: tensors alive at once, from a step without data. bytes: with what libraries and allocators take beside them,
+    on the line through two measured smaller batches, as is `seconds`; None where nothing was measured. largest: the
+    largest batch whose `bytes` (without them, whose counted ones) stay within `limit` bytes, on such a line.
+    """
+
+    network: str
+    batch: int
+    counted: StepMemory
+    bytes: int | None
+    seconds: float | None
+    limit: int
+    largest: int
+
+
+def images_of(config: ClassifierConfig, recipe: str) -> Any:
+    """Shape and classes of the images: of the data that the configuration names, else of what its preset expects."""
+    if config.data is not None or os.environ.get("PYACCEL_DATA"):
+        return open_data(config, recipe)[0]
+    size = config.image_size
+    shape, classes = ((3, size, size), 1000) if size else ((3, 32, 32), 10)
+    return SimpleNamespace(shape=shape, classes=tuple(map(str, range(classes))), name="no data")
+
+
+def networks_of(recipe: str, module: ModuleType, config: Any, images: Any) -> Mapping[str, Network]:
+    """The networks that a recipe trains, by its `networks(config, images)`. ValueError where it has none to plan."""
+    if not hasattr(module, "networks"):
+        raise ValueError(f"plan: the recipe {recipe} does not say which networks it trains; plan one of those that do")
+    return module.networks(config, images)
+
+
+def batch_of(images: Any, size: int, device: torch.device | str = "cpu") -> Batch:
+    """Random images, labels and sample ids of one batch."""
+    labels = torch.randint(0, len(images.classes), (size,))
+    batch = Batch(torch.rand(size, *images.shape), labels, torch.arange(size))
+    return Batch(*(tensor.to(device) for tensor in batch))
+
+
+def optimize(config: ClassifierConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: sgd(config, model)
+
+
+def plan(recipe: str, module: ModuleType, config: Any, again: Sequence[str] | None, limit: int | None) -> list[Plan]:
+    """A plan of each network. again: the arguments of `pyaccel plan` that measure, in a process of its own each; None:
+    only count. limit: bytes of memory; None: what the device has."""
+    images = images_of(config, recipe)
+    size = max(1, config.batch_size // (config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))))
+    limit = memory_of(device_of(config)) if limit is None else limit
+    found = []
+    for name, network in networks_of(recipe, module, config, images).items():
+        def counted(n: int, model=network.build(), loss=network.loss) -> StepMemory:
+            return step_memory(model, optimize(config), loss, batch_of(images, n), amp=_amp(config))
+
+        whole, bytes_, seconds = counted(size), None, None
+        if again is None:
+            half = max(2, size // 2) if size != 2 else 4
+            needed = Line((half, counted(half).peak), (size, whole.peak))
+        else:
+            sizes = [max(2, size // 4), max(4, size // 2)]  # batch statistics want more than one image
+            low, high = (_measured([*again, "--at", str(n), "--network", name]) for n in sizes)
+            needed = Line((sizes[0], low["bytes"]), (sizes[1], high["bytes"]))
+            seconds = Line((sizes[0], low["seconds"]), (sizes[1], high["seconds"])).at(size)
+            bytes_ = int(needed.at(size))
+        found.append(Plan(name, size, whole, bytes_, seconds, limit, needed.reaches(limit)))
+    return found
+
+
+def _amp(config: Any) -> torch.dtype | None:
+    return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+
+
+@dataclass(frozen=True)
+class Line:
+    """The line through two points (batch size, what it needs), never falling."""
+
+    first: tuple[int, float]
+    second: tuple[int, float]
+
+    @property
+    def slope(self) -> float:
+        return max(0.0, (self.second[1] - self.first[1]) / (self.second[0] - self.first[0]))
+
+    def at(self, size: float) -> float:
+        return self.second[1] + self.slope * (size - self.second[0])
+
+    def reaches(self, limit: float) -> int:
+        """The largest size that needs no more than `limit`; 0 where none does."""
+        if self.slope == 0:
+            raise ValueError(f"plan: batches of {self.first[0]} and {self.second[0]} need the same; plan a larger batch")
+        return max(0, int((limit - self.at(0)) // self.slope))
+
+
+def _measured(arguments: Sequence[str]) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-m", "pyaccel", "plan", *arguments], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(LINE)]
+    if done.returncode or not lines:
+        raise ValueError(f"plan: a measuring process failed: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
+    return json.loads(lines[-1].removeprefix(LINE))
+
+
+def measure(recipe: str, module: ModuleType, config: Any, name: str, size: int) -> str:
+    """Run training steps of one network at this batch size; a line with the bytes and seconds of a step."""
+    images, device = images_of(config, recipe), device_of(config)
+    network = networks_of(recipe, module, config, images)[name]
+    model, batch = network.build().to(device), batch_of(images, size, device)
+    bytes_, seconds = measure_step(model, optimize(config), network.loss, batch, amp=_amp(config))
+    return LINE + json.dumps({"bytes": bytes_, "seconds": seconds})
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a device; of the CPU, of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def table(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
+    """Rows for people, the first one the header."""
+    def mib(n: int | None) -> str:
+        return "-" if n is None else f"{n / 2**20:.0f}"
+
+    rows = [("network", "batch", "weights, MiB", "gradients, optimizer, MiB", "activations, MiB", "tensors at once, MiB",
+             "process, MiB", "step, s", "images/s", "largest batch")]  # fmt: skip
+    for p in plans:
+        c = p.counted
+        rows.append((p.network, str(p.batch), mib(c.weights), mib(c.gradients + c.optimizer), mib(c.activations),
+                     mib(c.peak), mib(p.bytes), "-" if p.seconds is None else f"{p.seconds:.3g}",
+                     "-" if p.seconds is None else f"{p.batch / p.seconds:.3g}",
+                     f"{p.largest} in {p.limit / 2**30:.1f} GiB"))  # fmt: skip
+    return rows
