@@ -8,6 +8,7 @@ from pyaccel.models import cacl, resnet, vgg
 from pyaccel.models.cacl import Cacl, CaclNet
 from pyaccel.models.checkpoints import load_official
 from pyaccel.models.continual import ContinualNet, factor_parameters
+from pyaccel.models.released_continual import load_released_continual
 from pyaccel.models.resnet import ResidualNet, ResNet
 from pyaccel.models.spiking import SpikingLayer, SpikingNetwork, SpikingVgg
 from pyaccel.models.spiking_resnet import SpikingBlock, SpikingResNet
@@ -29,6 +30,7 @@ __all__ = [
     "factor_parameters",
     "list_models",
     "load_official",
+    "load_released_continual",
     "load_torchvision",
 ]
 
