@@ -10,7 +10,7 @@
 
 namespace pyaccel::qmac::PYACCEL_ISA {
 
-constexpr int64_t kPanelBytes = 24 * 1024;   // of one tile: it stays in the first-level cache beside its rows
+constexpr int64_t kPanelBytes = 28 * 1024;   // of one tile: it stays in the first-level cache beside its rows
 constexpr int64_t kRowBlockBytes = 96 * 1024;  // rows that pass a tile's panel: they stay in the second level
 constexpr int kTilesPerBlock = 8;
 constexpr int kMaxLanes = 256, kMaxRows = 8;
@@ -55,6 +55,14 @@ inline void digits_row(int digit_bits, const uint32_t* row, int64_t total_bits, 
 inline void layout_row(const Product& p, bool is_signed, int bits, const uint32_t* row, int64_t length, int limb, int64_t first,
                        int64_t steps, uint8_t* to) {
   if (p.layout == Layout::digits) return digits_row(p.digit_bits, row, length * bits, first, steps, to);
+  if (p.layout == Layout::words) {
+    const int64_t words = (length + 31) / 32, whole = std::clamp<int64_t>(words - first, 0, steps);
+    memcpy(to, row + first, static_cast<size_t>(4 * whole));
+    memset(to + 4 * whole, 0, static_cast<size_t>(4 * (steps - whole)));
+    if (whole > 0 && first + whole == words && length % 32 != 0)
+      store_any(to + 4 * (whole - 1), row[words - 1] & ((1u << (length % 32)) - 1));
+    return;
+  }
   const int64_t start = first * p.codes, count = std::clamp<int64_t>(length - start, 0, steps * p.codes);
   uint8_t* bytes = to;
   if (p.layout == Layout::pairs) bytes += steps * 2;  // unpacked behind, widened forward
@@ -112,6 +120,16 @@ inline void add_tile(const Target& t, int64_t first_row, int rows, int64_t first
   }
 }
 
+// Where row 0 of `lanes` whole columns lies in P, or null where they are not all of one run.
+inline int32_t* place_of(const Target& t, int64_t first_column, int lanes) {
+  for (int64_t k = 0; k < t.run_count; ++k) {
+    const Run& run = t.runs[k];
+    if (run.first <= first_column && first_column + lanes <= run.first + run.count)
+      return static_cast<int32_t*>(t.p) + run.offset + first_column - run.first;
+  }
+  return nullptr;
+}
+
 // rows x (tiles * lanes) products over `steps` steps. r: row 0 at the block's first step.
 inline void multiply_block(const Product& p, const uint8_t* r, int64_t stride, int64_t first_row, int64_t last_row,
                            const uint8_t* panels, int64_t tiles, int64_t steps, const Target& target, int shift, bool accumulate) {
@@ -122,8 +140,13 @@ inline void multiply_block(const Product& p, const uint8_t* r, int64_t stride, i
     const int64_t end = std::min(last_row, begin + block);
     for (int64_t t = 0; t < tiles; ++t) {
       const uint8_t* panel = panels + t * steps * p.step_bytes;
+      int32_t* place = p.tile_into != nullptr && target.sum_bytes == 4 && shift == 0 ? place_of(target, t * p.lanes, p.lanes) : nullptr;
       for (int64_t row = begin; row < end; row += p.max_rows) {
         const int rows = static_cast<int>(std::min<int64_t>(p.max_rows, end - row));
+        if (place != nullptr) {
+          p.tile_into(rows, r + row * stride, stride, panel, steps, place + row * target.row_stride, target.row_stride, accumulate);
+          continue;
+        }
         p.tile(rows, r + row * stride, stride, panel, steps, p.depth, sums);
         if (target.sum_bytes == 4) add_tile<int32_t>(target, row, rows, t * p.lanes, p.lanes, sums, shift, accumulate);
         else add_tile<int64_t>(target, row, rows, t * p.lanes, p.lanes, sums, shift, accumulate);

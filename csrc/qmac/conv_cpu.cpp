@@ -71,9 +71,6 @@ uint64_t copy_planes(const Conv& f, const Geometry& g, int limb, uint8_t* planes
   return f.activation_bits == 16 ? seen : (seen | seen >> 8 | seen >> 16 | seen >> 24) & 0xff;
 }
 
-typedef uint32_t Eight __attribute__((vector_size(32)));
-typedef uint8_t EightBytes __attribute__((vector_size(8)));
-
 // Eight pixels, `stride` bytes apart.
 PYACCEL_INLINE uint64_t eight_pixels(const uint8_t* p, int64_t stride) {
   uint64_t x = 0;
@@ -114,9 +111,7 @@ PYACCEL_INLINE void fill_step(const std::vector<Chunk>& chunks, const uint8_t* p
       const Sixteen high = alternate_bytes(load_eight(source + offset[2]), load_eight(source + offset[3]));
       store_alternate_halves(to + chunk.to, low, high);
     } else if constexpr (layout == Layout::pairs) {
-      const Sixteen zero{};
-      store_alternate_halves(to + chunk.to, alternate_bytes(load_eight(source + offset[0]), zero),
-                             alternate_bytes(load_eight(source + offset[1]), zero));
+      store_any(to + chunk.to, widen_eight(source + offset[0]) | widen_eight(source + offset[1]) << 16);
     } else {
       uint64_t digit = 0;
 #pragma GCC unroll 8
@@ -126,10 +121,10 @@ PYACCEL_INLINE void fill_step(const std::vector<Chunk>& chunks, const uint8_t* p
   }
 }
 
-// Any stride, any number of codes: the last step, and strided convolutions.
+// Any stride, any number of codes: the last step, strided convolutions, and words of 32 codes.
 void fill_any(const Product& p, int bits, const std::vector<Chunk>& chunks, const uint8_t* planes, const int64_t* offset, int count,
               int64_t stride, uint8_t* to) {
-  const int shift = p.layout == Layout::digits ? bits : p.layout == Layout::pairs ? 16 : 8;
+  const int shift = p.layout == Layout::pairs ? 16 : p.layout == Layout::quads ? 8 : bits;
   for (const Chunk& chunk : chunks) {
     const uint8_t* source = planes + chunk.source;
     if (p.layout == Layout::digits) {
@@ -137,9 +132,11 @@ void fill_any(const Product& p, int bits, const std::vector<Chunk>& chunks, cons
       for (int j = 0; j < count; ++j) digit |= eight_pixels(source + offset[j], stride) << (j * shift);
       store_any(to + chunk.to, digit);
     } else {
-      Eight word{};
-      for (int j = 0; j < count; ++j)
-        word |= __builtin_convertvector(__builtin_bit_cast(EightBytes, eight_pixels(source + offset[j], stride)), Eight) << (j * shift);
+      EightWords word{};
+      for (int j = 0; j < count; ++j) {
+        const uint64_t pixels = eight_pixels(source + offset[j], stride);
+        word |= widen_eight(reinterpret_cast<const uint8_t*>(&pixels)) << (j * shift);
+      }
       store_any(to + chunk.to, word);
     }
   }
@@ -169,7 +166,7 @@ void patch_panels(const Product& p, const Geometry& g, int bits, const uint8_t* 
     const int count = static_cast<int>(std::clamp<int64_t>(g.length - first, 0, p.codes));
     const int64_t* offset = offsets.data() + first;
     uint8_t* to = direct ? panels + s * p.step_bytes : line;
-    if (!unit || count < p.codes) fill_any(p, bits, chunks, planes, offset, count, g.stride[1], to);
+    if (!unit || count < p.codes || p.layout == Layout::words) fill_any(p, bits, chunks, planes, offset, count, g.stride[1], to);
     else if (p.layout == Layout::quads) fill_step<Layout::quads, 4, 8>(chunks, planes, offset, to);
     else if (p.layout == Layout::pairs) fill_step<Layout::pairs, 2, 8>(chunks, planes, offset, to);
     else if (bits == 1 && p.codes == 4) fill_step<Layout::digits, 4, 1>(chunks, planes, offset, to);
@@ -202,19 +199,28 @@ void patch_sums(const Conv& f, const Geometry& g, const uint8_t* planes, int64_t
           int64_t i = 0;
           if constexpr (sizeof(T) == 4)
             for (; i + 8 <= g.plane; i += 8)
-              store_any(plane.data() + i,
-                        load_any<Eight>(plane.data() + i) + __builtin_convertvector(load_any<EightBytes>(from + i), Eight));
+              store_any(plane.data() + i, load_any<EightWords>(plane.data() + i) + widen_eight(from + i));
           for (; i < g.plane; ++i) plane[static_cast<size_t>(i)] += static_cast<T>(from[i]) << (8 * limb);
         }
       T* q = static_cast<T*>(f.q) + piece * g.pixels;
-      for (int64_t y = 0; y < g.out_height; ++y)
-        for (int64_t x = 0; x < g.out_width; ++x) {
+      for (int64_t y = 0; y < g.out_height; ++y) {
+        int64_t x = 0;
+        if constexpr (sizeof(T) == 4)
+          for (; g.stride[1] == 1 && x + 8 <= g.out_width; x += 8) {
+            EightWords sum{};
+            for (int64_t r = 0; r < g.kernel[0]; ++r)
+              for (int64_t s = 0; s < g.kernel[1]; ++s)
+                sum += load_any<EightWords>(plane.data() + (y * g.stride[0] + r * g.dilation[0]) * g.width + x + s * g.dilation[1]);
+            store_any(q + y * g.out_width + x, sum);
+          }
+        for (; x < g.out_width; ++x) {
           T sum = 0;
           for (int64_t r = 0; r < g.kernel[0]; ++r)
             for (int64_t s = 0; s < g.kernel[1]; ++s)
               sum += plane[static_cast<size_t>((y * g.stride[0] + r * g.dilation[0]) * g.width + x * g.stride[1] + s * g.dilation[1])];
           q[y * g.out_width + x] = sum;
         }
+      }
     }
   });
 }

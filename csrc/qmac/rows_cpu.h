@@ -139,6 +139,17 @@ PYACCEL_INLINE void store_alternate_halves(uint8_t* to, Sixteen a, Sixteen b) {
   store_any(to + 16, __builtin_shuffle(x, y, EightHalves{4, 12, 5, 13, 6, 14, 7, 15}));
 }
 
+// Eight bytes as 32-bit words. (GCC 12 takes a convertvector of them apart, byte by byte.)
+typedef uint32_t EightWords __attribute__((vector_size(32)));
+PYACCEL_INLINE EightWords widen_eight(const uint8_t* p) {
+#if PYACCEL_VECTOR_BYTES >= 32
+  return __builtin_bit_cast(EightWords, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  typedef uint8_t EightBytes __attribute__((vector_size(8)));
+  return __builtin_convertvector(load_any<EightBytes>(p), EightWords);
+#endif
+}
+
 // One vector of bytes, so that its first half lands on the even positions and its second half on the odd ones.
 PYACCEL_INLINE void interleave_halves(const uint8_t* from, uint8_t* to) {
 #pragma GCC unroll 4

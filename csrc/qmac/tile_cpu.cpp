@@ -24,7 +24,7 @@ PYACCEL_INLINE Ints multiply_pairs(Shorts a, Shorts b) {
 
 // Registers: 12 sums of 16 with the lanes in 2 vectors (32 registers hold twice as many). Each step: R + C loads.
 template <int R, int C>
-void pairs_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t steps, int32_t* out) {
+void pairs_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t steps, int32_t* out, int64_t out_stride, bool add) {
   Ints sum[R][C] = {};
   for (int64_t s = 0; s < steps; ++s) {
     Shorts lane[C];
@@ -37,10 +37,15 @@ void pairs_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t 
       for (int c = 0; c < C; ++c) sum[i][c] += multiply_pairs(row, lane[c]);
     }
   }
+  if (add)
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[i][c] += load_any<Ints>(out + i * out_stride + c * kInts);
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store_any(out + (i * C + c) * kInts, sum[i][c]);
+    for (int c = 0; c < C; ++c) store_any(out + i * out_stride + c * kInts, sum[i][c]);
 }
 
 #if PYACCEL_VECTOR_BYTES >= 32
@@ -202,7 +207,22 @@ PYACCEL_INLINE void digits(const uint8_t* r, int64_t stride, const uint8_t* pane
 #define PYACCEL_QUADS(R, lanes_signed) quads<lanes_signed, R>(r, stride, panel, steps, depth, out)
 #define PYACCEL_DIGITS(R, bits) digits<bits, R>(r, stride, panel, steps, depth, out)
 #endif
-#define PYACCEL_PAIRS(R, vectors) pairs_tile<R, vectors>(r, stride, panel, steps, out)
+// Six rows at most: more are compiled for no product.
+template <int R>
+PYACCEL_INLINE void pairs(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t steps, int32_t* out, int64_t out_stride, bool add) {
+  if constexpr (R <= kPairRows) pairs_tile<R, kPairVectors>(r, stride, panel, steps, out, out_stride, add);
+}
+#define PYACCEL_PAIRS(R, ignored) pairs<R>(r, stride, panel, steps, out, kPairVectors * kInts, false)
+void pairs_into(int rows, const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t steps, int32_t* out, int64_t out_stride, bool add) {
+  switch (rows) {
+    case 1: return pairs<1>(r, stride, panel, steps, out, out_stride, add);
+    case 2: return pairs<2>(r, stride, panel, steps, out, out_stride, add);
+    case 3: return pairs<3>(r, stride, panel, steps, out, out_stride, add);
+    case 4: return pairs<4>(r, stride, panel, steps, out, out_stride, add);
+    case 5: return pairs<5>(r, stride, panel, steps, out, out_stride, add);
+    default: return pairs<6>(r, stride, panel, steps, out, out_stride, add);
+  }
+}
 
 }  // namespace
 
@@ -230,7 +250,9 @@ Product choose_product(int row_bits, int lane_bits, bool lanes_are_weights) {
     return product_of(Layout::quads, kQuadRows, kQuadVectors, 4, 4, depth, PYACCEL_ROWS(PYACCEL_QUADS, false));
   }
 #endif
-  return product_of(Layout::pairs, kPairRows, kPairVectors, 4, 2, 1, PYACCEL_ROWS(PYACCEL_PAIRS, kPairVectors));
+  product = product_of(Layout::pairs, kPairRows, kPairVectors, 4, 2, 1, PYACCEL_ROWS(PYACCEL_PAIRS, 0));
+  product.tile_into = pairs_into;
+  return product;
 }
 
 }  // namespace pyaccel::qmac::PYACCEL_ISA

@@ -1,17 +1,18 @@
-// Tiles of products with AVX-512 VNNI (`vpdpbusd`) and VBMI (`vpermb`), chosen behind a check of their own (contract and
-// layouts: tile_cpu.h). The rest of the AVX-512 level does not need these extensions.
+// Tiles of products with AVX-512 VNNI (`vpdpbusd`), VBMI (`vpermb`) and VPOPCNTDQ (`vpopcntd`), each chosen behind a check
+// of its own (contract and layouts: tile_cpu.h). The rest of the AVX-512 level does not need these extensions.
 //
 // vpdpbusd multiplies unsigned by signed bytes: the narrower side goes where signed ones are expected; where both have 8
 // bits the weights are shifted by 128 (their top bit flipped) and the caller adds 128 Q. vpermb looks up 64 entries, so a
-// digit holds 6 bits: 3 two-bit or 6 one-bit codes, 192 or 384 products an instruction.
-// -DPYACCEL_EMULATE_VNNI builds this file for 256-bit vectors with both instructions written out, so that the algorithm
-// (shift, digits of 6 bits, panels) can be tested on machines without them.
+// digit holds 6 bits: 3 two-bit or 6 one-bit codes, 192 or 384 products an instruction. vpopcntd counts 512 one-bit
+// products in three instructions (and, count, add), a little ahead of the lookup for 1x1 bit, and far behind it for 2x2.
+// -DPYACCEL_EMULATE_VNNI builds this file for 256-bit vectors with the instructions written out, so that the algorithms
+// (shift, digits of 6 bits, panels; =2: counts instead of digits for 1x1) can be tested on machines without them.
 #include <cstdint>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 #if PYACCEL_VECTOR_BYTES == 64
-#pragma GCC target("avx512vnni,avx512vbmi")
+#pragma GCC target("avx512vnni,avx512vbmi,avx512vpopcntdq")
 #endif
 #include "rows_cpu.h"
 #include "tile_cpu.h"
@@ -36,6 +37,8 @@ PYACCEL_INLINE Bytes look_up(const Table& table, Bytes index) {
 }
 bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
 bool has_vbmi() { return __builtin_cpu_supports("avx512vbmi"); }
+PYACCEL_INLINE Ints count_ones(Ints x) { return __builtin_bit_cast(Ints, _mm512_popcnt_epi32(__builtin_bit_cast(__m512i, x))); }
+bool has_counts() { return __builtin_cpu_supports("avx512vpopcntdq"); }
 #else
 PYACCEL_INLINE Ints add_products(Ints sum, Bytes a, Bytes b) {
   for (int i = 0; i < kInts; ++i)
@@ -53,6 +56,11 @@ PYACCEL_INLINE Bytes look_up(const Table& table, Bytes index) {
 }
 bool has_vnni() { return true; }
 bool has_vbmi() { return true; }
+PYACCEL_INLINE Ints count_ones(Ints x) {
+  for (int i = 0; i < kInts; ++i) x[i] = __builtin_popcount(static_cast<uint32_t>(x[i]));
+  return x;
+}
+bool has_counts() { return PYACCEL_EMULATE_VNNI == 2; }
 #endif
 
 template <int R, int C, bool lanes_signed>
@@ -67,6 +75,27 @@ void quads_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t 
       const Bytes row = __builtin_bit_cast(Bytes, Ints{} + load_any<int32_t>(r + i * stride + 4 * s));
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) sum[i][c] = lanes_signed ? add_products(sum[i][c], row, lane[c]) : add_products(sum[i][c], lane[c], row);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store_any(out + (i * C + c) * kInts, sum[i][c]);
+}
+
+// One-bit codes, 32 to a word: outputs in the lanes, so that no sum runs across a register.
+template <int R, int C>
+void words_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t steps, int32_t* out) {
+  Ints sum[R][C] = {};
+  for (int64_t s = 0; s < steps; ++s) {
+    Ints lane[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) lane[c] = load_any<Ints>(panel + (s * C + c) * kBytes);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Ints row = Ints{} + load_any<int32_t>(r + i * stride + 4 * s);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[i][c] += count_ones(row & lane[c]);
     }
   }
 #pragma GCC unroll 8
@@ -126,7 +155,7 @@ void digits_tile(const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t
       }
 }
 
-constexpr int kQuadRows = 6, kDigitRows = 4, kVectors = 4;
+constexpr int kQuadRows = 6, kDigitRows = 4, kWordRows = 8, kVectors = 4, kWordVectors = 2;
 
 template <bool lanes_signed>
 void quads(int rows, const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t steps, int64_t, int32_t* out) {
@@ -149,10 +178,32 @@ void digits(int rows, const uint8_t* r, int64_t stride, const uint8_t* panel, in
   }
 }
 
+void words(int rows, const uint8_t* r, int64_t stride, const uint8_t* panel, int64_t steps, int64_t, int32_t* out) {
+  switch (rows) {
+    case 1: return words_tile<1, kWordVectors>(r, stride, panel, steps, out);
+    case 2: return words_tile<2, kWordVectors>(r, stride, panel, steps, out);
+    case 3: return words_tile<3, kWordVectors>(r, stride, panel, steps, out);
+    case 4: return words_tile<4, kWordVectors>(r, stride, panel, steps, out);
+    case 5: return words_tile<5, kWordVectors>(r, stride, panel, steps, out);
+    case 6: return words_tile<6, kWordVectors>(r, stride, panel, steps, out);
+    case 7: return words_tile<7, kWordVectors>(r, stride, panel, steps, out);
+    default: return words_tile<8, kWordVectors>(r, stride, panel, steps, out);
+  }
+}
+
 }  // namespace
 
 bool choose_vnni(int row_bits, int lane_bits, bool lanes_are_weights, Product& product) {
   product = {};
+  if (row_bits == 1 && lane_bits == 1 && has_counts()) {
+    product.layout = Layout::words;
+    product.codes = 32;
+    product.max_rows = kWordRows;
+    product.step_bytes = kWordVectors * kBytes;
+    product.lanes = product.step_bytes / 4;
+    product.tile = words;
+    return true;
+  }
   product.step_bytes = kVectors * kBytes;
   if (row_bits == lane_bits && row_bits <= 2) {
     if (!has_vbmi()) return false;
