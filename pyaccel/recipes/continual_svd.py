@@ -56,7 +56,8 @@ class Config(ClassifierConfig):
 
     Args:
         lr: learning rate of Adam, which has no weight decay; divided by 10 after `lr_drops` of the epochs.
-        momentum, weight_decay: not used: Adam's defaults, no decay (see `decay`).
+        momentum: not used, the method trains by Adam.
+        weight_decay: not used (see `decay`).
         epochs: passes over the images of each task.
         protocol: "split", classes of one data set in `tasks` blocks; "mini_imagenet", the same of a miniImageNet
             folder; "sets", one data set a task, folders `sets` inside `data`.

@@ -46,7 +46,8 @@ class Config(ClassifierConfig):
         data: the folder in which `pairs` names folders: DOMAIN/CLASS/x.jpg (Office-31 also DOMAIN/images/CLASS), or
             sets with their own layout and parts.
         train_images: of each domain, at most so many to train on or adapt to; None: all.
-        lr, momentum, weight_decay, epochs: of the source training, by SGD (see `backbone_share`).
+        lr: learning rate of the source training, by SGD (see `backbone_share`).
+        epochs: of the source training.
         pairs: what to adapt, "source->target", folders in `data`; "digits8->shifted" is packaged.
         weights: a file with ImageNet weights in torchvision's layout, for the residual networks; None: from scratch.
         size: images are resized to it (of folders: the shorter side).
@@ -55,7 +56,8 @@ class Config(ClassifierConfig):
         backbone_share: learning rate of the features in source training, as a share of the heads'.
         whole_target: adapt to all images of the target and test on the same ones, as the paper does.
         steps: of the adaptation.
-        adapt_lr, feature_share: learning rate of its heads, and of its features as a share of that.
+        adapt_lr: learning rate of its heads.
+        feature_share: learning rate of its features, as a share of that.
         adapt_batch: images a batch.
         refresh: steps between two choices of prototypes.
         capacity: prototypes a class, at most.
