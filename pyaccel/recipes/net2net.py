@@ -86,15 +86,13 @@ class Config(ClassifierConfig):
 
 PAPER = Config(crop_padding=8)
 DESK = replace(
-    PAPER, preset="desk", train_images=3_000, watch_images=1_000, width=0.25, crop_padding=4, epochs=8, batch_size=64,
-    lr=0.05, student_lr=0.4, attack_images=300,
+    PAPER, preset="desk", train_images=3_000, watch_images=1_000, width=0.25, crop_padding=4, epochs=8, batch_size=32,
+    lr=0.02, student_lr=0.4, attack_images=300,
 )  # fmt: skip
 DESK_DIGITS = replace(
-    DESK, train_images=None, model="vgg5", earlier=("vgg5", "vgg5"), earlier_widths=(0.5, 0.75), fractions=(0.25, 0.5,
-                                                                                                            1.0),
-    shares=(1 / 3, 1 / 3, 1 / 3), mean=None, std=None, crop_padding=0, flip=False, epochs=9, attack_eps=0.1,
-    attack_step=0.025,
-    noise=(0.0, 0.1, 0.2, 0.4),
+    DESK, train_images=None, model="vgg5", earlier=("vgg5", "vgg5"), earlier_widths=(0.5, 0.75),
+    fractions=(0.25, 0.5, 1.0), shares=(1 / 3, 1 / 3, 1 / 3), mean=None, std=None, crop_padding=0, flip=False, epochs=9,
+    batch_size=64, lr=0.05, attack_eps=0.1, attack_step=0.025, noise=(0.0, 0.1, 0.2, 0.4),
 )  # fmt: skip
 SMOKE = replace(
     DESK_DIGITS,

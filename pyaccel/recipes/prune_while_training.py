@@ -76,12 +76,12 @@ class Config(ClassifierConfig):
 PAPER = Config()
 # Short runs stop pruning early: what remains needs epochs at a high learning rate to make up for it.
 DESK = replace(
-    PAPER, preset="desk", train_images=3_000, watch_images=1_000, width=0.25, epochs=8, last_epoch=3, rates=(0.5, 0.8),
-    retrain_epochs=3, batch_size=64, lr=0.05,
+    PAPER, preset="desk", train_images=3_000, watch_images=1_000, width=0.25, epochs=8, last_epoch=3, rates=(0.8,),
+    retrain_epochs=3, batch_size=32, lr=0.02,
 )  # fmt: skip
 DESK_DIGITS = replace(
     DESK, train_images=None, model="vgg5", mean=None, std=None, crop_padding=0, flip=False, epochs=6, last_epoch=2,
-    retrain_epochs=2,
+    retrain_epochs=2, batch_size=64, lr=0.05,
 )  # fmt: skip
 SMOKE = replace(DESK_DIGITS, preset="smoke", data="digits8", width=0.5, batch_size=32, rates=(0.5,), seeds=(0, 1))
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}

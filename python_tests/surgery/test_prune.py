@@ -159,6 +159,9 @@ def test_hold_pruned_keeps_a_new_optimizer_in_check():
     hold_pruned(pruned, held)
     train(pruned, held, 2)
     assert torch.equal(pruned_filters(pruned)["0"], dead) and not pruned_filters(free)["0"].any()
+    masked, returned = prune_filters(model, 0.5, optimizer=optimizer_of(model, "sgd"))
+    train(masked, returned, 2)  # the optimizer that pruning returns holds them by itself
+    assert torch.equal(pruned_filters(masked)["0"], dead)
 
 
 def test_l1_removes_the_known_filter():
