@@ -145,7 +145,8 @@ class _Analog:
         for index, (positive, *negative) in enumerate(arrays.unbind(0)):
             total = total + ops.crossbar_matmul(
                 x, positive, *negative, tile=config.rows, read=config.read,
-                dac_bits=config.dac_bits, adc_bits=config.adc_bits, adc_range=self._adc_range(index), read_noise=config.read_noise * per_siemens, seed=self.chip,
+                dac_bits=config.dac_bits, adc_bits=config.adc_bits, adc_range=self._adc_range(index),
+                read_noise=config.read_noise * per_siemens, seed=self.chip,
                 stream=(stream_of(self.qualified_name, f"read{index}") + self.passes) % (1 << 32),
             )  # fmt: skip
         self.passes += 1

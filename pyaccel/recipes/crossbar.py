@@ -209,7 +209,7 @@ def has_norms(config: Config, network: nn.Module) -> None:
     if "bn_reestimate" in config.calibrations and not normalises(network):
         raise ValueError(
             f'calibrations: "bn_reestimate" needs batch normalisation, which {config.model} is built without; use '
-            '--norm batch, or leave this calibration out'
+            "--norm batch, or leave this calibration out"
         )
 
 

@@ -100,9 +100,7 @@ class Attack:
 
 def attacks_of(config: Config) -> list[Attack]:
     fgsm = [Attack(f"fgsm-{eps:g}", eps) for eps in config.fgsm_eps]
-    return fgsm + [
-        Attack(f"pgd-{eps:g}", eps / 255, config.pgd_step / 255, config.pgd_steps) for eps in config.pgd_eps
-    ]
+    return fgsm + [Attack(f"pgd-{eps:g}", eps / 255, config.pgd_step / 255, config.pgd_steps) for eps in config.pgd_eps]
 
 
 def craft(model: nn.Module, attack: Attack, batches: Sequence[Batch]) -> list[Tensor]:
@@ -208,8 +206,11 @@ def measure(
 
     def of_chip(unit: tuple[str, int]) -> dict[str, float]:
         setup, number = unit
-        return dict(_on_one_chip(number, mapped[setup], network, wrap, setups[setup], batches, images, attack_list, made,
-                                 cells, setup))  # fmt: skip
+        return dict(
+            _on_one_chip(
+                number, mapped[setup], network, wrap, setups[setup], batches, images, attack_list, made, cells, setup
+            )
+        )
 
     found = Measured(_shared(["software"], lambda _: of_software())["software"])
     rows = _shared([(setup, number) for setup in setups for number in range(config.chips)], of_chip)

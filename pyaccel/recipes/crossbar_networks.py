@@ -35,7 +35,12 @@ def build(config: Config, images: Images, seed: int) -> nn.Module:
     seed_everything(seed)
     options = {} if config.norm is None else {"norm": config.norm}
     network = models.build(
-        config.model, spiking=False, width=config.width, input_shape=images.shape, classes=len(images.classes), **options
+        config.model,
+        spiking=False,
+        width=config.width,
+        input_shape=images.shape,
+        classes=len(images.classes),
+        **options,
     )
     return network.to(memory_format=torch.channels_last)
 
@@ -77,7 +82,15 @@ def wrapper(config: Config, network: str) -> Callable[[nn.Module], nn.Module]:
 
 
 def train_network(
-    config: Config, network: str, train: Images, test: Images, *, seed: int, out: Path, resume: str, free: Collection[str]
+    config: Config,
+    network: str,
+    train: Images,
+    test: Images,
+    *,
+    seed: int,
+    out: Path,
+    resume: str,
+    free: Collection[str],
 ) -> nn.Module:
     """The trained network, as it is deployed: plain layers, their weights quantised for "low_bit". free: fields of
     `config` that change no training."""

@@ -39,8 +39,9 @@ def attacks(report: Report, path: str | os.PathLike) -> None:
             for mode, (label, colour, marker, dashes) in STYLES.items():
                 owner = "software" if mode == "SW" else setup
                 found = [report[f"plain/{owner}/{mode}/{name}/accuracy"] for name in names]
-                axis.errorbar(radii, [f.value for f in found], [f.std or 0 for f in found], linestyle=dashes, color=colour,
-                              marker=marker, markersize=4, label=label, capsize=2)  # fmt: skip
+                values, spread = [f.value for f in found], [f.std or 0 for f in found]
+                axis.errorbar(radii, values, spread, linestyle=dashes, color=colour, marker=marker, markersize=4,
+                              label=label, capsize=2)  # fmt: skip
             axis.set_xticks(radii)
             axis.set_xlabel(unit)
             axis.set_ylim(bottom=0)
@@ -59,11 +60,16 @@ def robustness_map(report: Report, path: str | os.PathLike) -> None:
                 size = 18 + 22 * number
                 for mode in ("SH", "HH"):
                     for colour, name in enumerate(names):
-                        x, y = report[f"plain/{name}/clean_loss"].value, report[f"plain/{name}/{mode}/{attack}/loss"].value
-                        axis.scatter(x, y, s=size, color=COLOURS[colour % len(COLOURS)], marker=STYLES[mode][2], alpha=0.75,
-                                     label=f"{name}, {mode}" if attack == attacked[-1] else None)  # fmt: skip
-                axis.scatter(0, report[f"plain/software/SW/{attack}/loss"].value, s=size, color=STYLES["SW"][1], marker="s",
-                             label="software, SW" if attack == attacked[-1] else None)  # fmt: skip
+                        x, y = (
+                            report[f"plain/{name}/clean_loss"].value,
+                            report[f"plain/{name}/{mode}/{attack}/loss"].value,
+                        )
+                        label = f"{name}, {mode}" if attack == attacked[-1] else None
+                        axis.scatter(x, y, s=size, color=COLOURS[colour % len(COLOURS)], marker=STYLES[mode][2],
+                                     alpha=0.75, label=label)  # fmt: skip
+                label = "software, SW" if attack == attacked[-1] else None
+                y = report[f"plain/software/SW/{attack}/loss"].value
+                axis.scatter(0, y, s=size, color=STYLES["SW"][1], marker="s", label=label)
             axis.axvline(0, color="#BBBBBB", linewidth=0.8)
             axis.set_ylim(0, 1.08 * axis.dataLim.y1)
             axis.set_xlabel("accuracy lost to the software, without attack (points)")
@@ -83,8 +89,9 @@ def calibrations(report: Report, path: str | os.PathLike) -> None:
         axis.axhline(found[0].value, color="#5F5F5F", linestyle=":", label="software")
         for number, (calibration, points) in enumerate(lines.items()):
             sizes, values, spread = zip(*sorted(points), strict=True)
-            axis.errorbar(range(len(sizes)), values, spread, color=COLOURS[number], marker="osD^"[number % 4], markersize=4,
-                          linestyle=("-", "--", "-.", ":")[number % 4], label=calibration, capsize=2)  # fmt: skip
+            marker, dashes = "osD^"[number % 4], ("-", "--", "-.", ":")[number % 4]
+            axis.errorbar(range(len(sizes)), values, spread, color=COLOURS[number], marker=marker, markersize=4,
+                          linestyle=dashes, label=calibration, capsize=2)  # fmt: skip
         axis.set_xticks(range(len(sizes)), [f"{s}x{s}" for s in sizes])
         axis.set_xlabel("tile")
         axis.set_ylim(bottom=0)

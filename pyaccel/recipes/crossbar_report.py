@@ -18,8 +18,11 @@ NOT_AT_HAND = "only the paper's abstract was at hand, without figures"
 # Bhattacharjee et al., GLSVLSI 2023: VGG16, CIFAR-10, RRAM with parasitics; read in notes on its full text.
 ANCHOR_SOFTWARE = 88.62
 ANCHOR = {
-    "64x64/20k/none": 74.37, "64x64/20k/bn_reestimate": 86.31, "128x128/20k/none": 32.9, "128x128/20k/bn_reestimate": 83.03
-}  # fmt: skip
+    "64x64/20k/none": 74.37,
+    "64x64/20k/bn_reestimate": 86.31,
+    "128x128/20k/none": 32.9,
+    "128x128/20k/bn_reestimate": 83.03,
+}
 ANCHOR_SOURCE = (
     "another paper of the group (GLSVLSI 2023), read in notes on its full text; whether its currents were rescaled "
     "before the figure without correction is unknown"
@@ -38,9 +41,7 @@ def results(config: Config, measured: Mapping[tuple[str, int], Measured], publis
 
     def add(name, values, unit="%", anchor=None, source=NOT_AT_HAND):
         scale = 100 if unit in ("%", "points") else 1
-        found.append(
-            summarise(name, [scale * v for v in values], unit, published=anchor, published_source=source)
-        )
+        found.append(summarise(name, [scale * v for v in values], unit, published=anchor, published_source=source))
 
     for network in config.networks:
         runs = [measured[network, seed] for seed in config.seeds]
@@ -90,7 +91,13 @@ def _minus(first: list[float], second: list[float]) -> list[float]:
 def _study(runs: list[Measured], add, published: bool) -> None:
     other = "not the experiment whose figures are known (VGG16, CIFAR-10, whole training)"
     software = [run.study["software"]["accuracy"] for run in runs]
-    add("study/software/accuracy", software, "%", ANCHOR_SOFTWARE if published else None, ANCHOR_SOURCE if published else other)
+    add(
+        "study/software/accuracy",
+        software,
+        "%",
+        ANCHOR_SOFTWARE if published else None,
+        ANCHOR_SOURCE if published else other,
+    )
     for setup in runs[0].study:
         if setup == "software":
             continue
@@ -182,7 +189,9 @@ def _attacks(report: Report) -> Section:
         "attack, %; AL: accuracy without attack minus that, each of its own model, in points. AL falls where the "
         "accuracy without attack falls: read it beside AA."
     ]
-    return Section("Attacks on the plain network", text, rows, [("attacks.png", "Accuracy under attack, largest tile.")])
+    return Section(
+        "Attacks on the plain network", text, rows, [("attacks.png", "Accuracy under attack, largest tile.")]
+    )
 
 
 def _controls(report: Report) -> Section:
@@ -194,8 +203,8 @@ def _controls(report: Report) -> Section:
             rows.append((f"{name}, {attack_label(attack)}", *(g.text(1) for g in gained)))
         mean = {m: _mean(report, name, m) for m in MODES}
         text.append(
-            f"{name}, mean over attacks: the software's attack leaves {mean['SH']:+.1f} points more on the chip than in "
-            f"software (Gaussian control {mean['SG']:+.1f}), the chip's own attack {mean['HH']:+.1f} (control "
+            f"{name}, mean over attacks: the software's attack leaves {mean['SH']:+.1f} points more on the chip than "
+            f"in software (Gaussian control {mean['SG']:+.1f}), the chip's own attack {mean['HH']:+.1f} (control "
             f"{mean['GG']:+.1f}), an attack made on another chip {mean['HX']:+.1f}."
         )
     text = [
@@ -214,8 +223,8 @@ def _mean(report: Report, setup: str, mode: str) -> float:
 
 
 def _map() -> Section:
-    text = ["A point is a chip, an attack and a mode; the nearer to the origin, the better: nothing lost without attack, "
-            "nothing under attack."]  # fmt: skip
+    text = ["A point is a chip, an attack and a mode; the nearer to the origin, the better: nothing lost without "
+            "attack, nothing under attack."]  # fmt: skip
     return Section("Robustness map", text, plots=[("map.png", "Accuracy lost to the software, and adversarial loss.")])
 
 
@@ -235,8 +244,8 @@ def _defences(report: Report, networks: list[str]) -> Section:
             rows.append((f"{LABELS[network]}, {attack_label(attack)}", *(c.text(1) for c in cells)))
     bits = report.config["defence_bits"]
     text = [
-        f"Low-bit weights: {bits} bits, symmetric, trained with them. Low-bit pixels: the plain network behind an input "
-        f"of {bits} bits, attacked straight through the rounding (BPDA). Adversarial training: PGD-"
+        f"Low-bit weights: {bits} bits, symmetric, trained with them. Low-bit pixels: the plain network behind an "
+        f"input of {bits} bits, attacked straight through the rounding (BPDA). Adversarial training: PGD-"
         f"{report.config['adversarial_steps']}, radius {report.config['adversarial_eps']:g}/255, step "
         f"{report.config['adversarial_step']:g}/255, attacked images alone. Chips: {', '.join(dict.fromkeys(named))}."
     ]
@@ -249,7 +258,11 @@ def _defence_setup(report: Report, network: str) -> str | None:
 
 
 def _calibration(report: Report) -> Section:
-    names = [r.name.removesuffix("/accuracy") for r in report.results if r.name.startswith("study/") and r.name.endswith("/accuracy")]
+    names = [
+        r.name.removesuffix("/accuracy")
+        for r in report.results
+        if r.name.startswith("study/") and r.name.endswith("/accuracy")
+    ]
     rows = [("chip", "accuracy, %", "lost, points", "slope", "residue", "published, %")]
     for name in names:
         accuracy = report[f"{name}/accuracy"]
@@ -273,12 +286,12 @@ def _method(report: Report) -> Section:
         [
             f"Network {c['model']}, width {c['width']:g}, normalisation {c['norm'] or 'as described'}, data "
             f"{c['data'] or 'PYACCEL_DATA'}, {c['epochs']} epochs, seeds {', '.join(map(str, c['seeds']))}; "
-            f"{c['chips']} chips each (figures on chips: mean and deviation over seeds and chips together). Attacks and "
-            f"accuracies of chips are over {c['attack_images'] or 'all'} test images, the study over "
+            f"{c['chips']} chips each (figures on chips: mean and deviation over seeds and chips together). Attacks "
+            f"and accuracies of chips are over {c['attack_images'] or 'all'} test images, the study over "
             f"{c['study_images'] or 'all'}. PGD: {c['pgd_steps']} steps of {c['pgd_step']:g}/255 after a random start.",
             f"Chips: {c['scheme']} mapping, rows by {c['row_order']}, filled with {c['padding']} cells; terminals "
-            f"{c['r_driver']:g} and {c['r_sense']:g} ohm, wires {c['r_wire_row']:g} and {c['r_wire_col']:g} ohm a cell, "
-            f"OFF over ON resistance {c['on_off']:g}, device variation {c['variation']:g}; every layer on crossbars, "
+            f"{c['r_driver']:g} and {c['r_sense']:g} ohm, wires {c['r_wire_row']:g} and {c['r_wire_col']:g} ohm a "
+            f"cell, OFF over ON resistance {c['on_off']:g}, device variation {c['variation']:g}; every layer on crossbars, "
             "biases and normalisation digital, no converters. Mapping, calibrations and the ON resistance are this "
             "library's choices where the paper was not at hand: see docs/crossbar.md.",
         ],

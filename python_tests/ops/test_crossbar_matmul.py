@@ -201,7 +201,8 @@ def test_half_types_are_computed_in_float32(dtype, converters):
     scale = ops.adc_range(x, p, n, tile=16)
     assert scale.dtype == torch.float32
     leaf = x.clone().requires_grad_()
-    ops.crossbar_matmul(leaf, p, n, tile=16, dac_bits=8, dac_range=9.0, adc_bits=8, adc_range=scale.to(dtype)).sum().backward()
+    options = dict(tile=16, dac_bits=8, dac_range=9.0, adc_bits=8, adc_range=scale.to(dtype))
+    ops.crossbar_matmul(leaf, p, n, **options).sum().backward()
     torch.testing.assert_close(leaf.grad, (p.float() - n.float()).sum(1).expand(6, 40).to(dtype))
 
 

@@ -195,7 +195,11 @@ def measured(config, calibration="none"):
     chip = {name: [0.8] for name in ("clean", "gaussian", "no_gradient", "slope", "residue")}
     chip |= {f"{mode}/{a.name}": [0.6] for mode in MODES for a in attacks_of(config)}
     study = {"software": {"accuracy": 0.9}}
-    study |= {f"{t}x{t}/20k/{c}": {"accuracy": 0.7, "slope": 0.4, "residue": 0.1} for t in (32, 64) for c in ("none", "layer_gain")}
+    study |= {
+        f"{t}x{t}/20k/{c}": {"accuracy": 0.7, "slope": 0.4, "residue": 0.1}
+        for t in (32, 64)
+        for c in ("none", "layer_gain")
+    }
     return Measured({"clean": 0.9, "no_gradient": 0.0, **attacked}, {f"64x64/20k/{calibration}": chip}, study)
 
 
@@ -204,7 +208,9 @@ def test_the_anchor_stands_only_beside_its_own_experiment():
     for published in (False, True):
         found = {r.name: r for r in results(config, {("plain", 0): measured(config)}, published)}
         known = {name: r.published for name, r in found.items() if r.published is not None}
-        assert known == ({"study/software/accuracy": 88.62, "study/64x64/20k/none/accuracy": 74.37} if published else {})
+        assert known == (
+            {"study/software/accuracy": 88.62, "study/64x64/20k/none/accuracy": 74.37} if published else {}
+        )
         assert all(r.published_source for r in found.values())
     assert found["plain/64x64/20k/none/SH/fgsm-0.1/loss"].value == pytest.approx(20)
     assert found["plain/64x64/20k/none/SH/fgsm-0.1/minus_SW"].value == pytest.approx(10)
@@ -216,8 +222,14 @@ def test_the_anchor_stands_only_beside_its_own_experiment():
 @pytest.mark.parametrize(
     "fields, text",
     [
-        (dict(networks=("plain", "quanos")), "networks: expected some of plain, low_bit, pixel, adversarial, got quanos"),
-        (dict(calibrations=("gain",)), "calibrations: expected some of none, layer_gain, column_gain, bn_reestimate, got gain"),
+        (
+            dict(networks=("plain", "quanos")),
+            "networks: expected some of plain, low_bit, pixel, adversarial, got quanos",
+        ),
+        (
+            dict(calibrations=("gain",)),
+            "calibrations: expected some of none, layer_gain, column_gain, bn_reestimate, got gain",
+        ),
         (dict(tiles=()), "tiles: expected at least one value"),
         (dict(pgd_eps=(-1.0,)), r"pgd_eps must be positive, got \[-1.0\]"),
         (dict(scheme="double"), "scheme: expected some of differential, offset, got double"),
@@ -236,7 +248,9 @@ def test_a_configuration_that_cannot_be_run_is_named(fields, text, tmp_path):
 def test_bn_reestimate_needs_a_network_with_batch_normalisation(tmp_path):
     pytest.importorskip("sklearn")
     config = replace(CONFIG, norm=None, calibrations=("bn_reestimate",))
-    with pytest.raises(ValueError, match='"bn_reestimate" needs batch normalisation, which vgg8_crossbar is built without'):
+    with pytest.raises(
+        ValueError, match='"bn_reestimate" needs batch normalisation, which vgg8_crossbar is built without'
+    ):
         crossbar.run(config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert [name for name in crossbar.study_chips(config, nn.Linear(2, 2)) if "bn" in name] == []
@@ -262,9 +276,7 @@ def test_deployed_low_bit_weights_are_on_their_levels_and_map(tmp_path):
 
     config = replace(CONFIG, epochs=1)
     train, test = open_data(config, "crossbar")
-    trained = train_network(
-        config, "low_bit", train, test, seed=0, out=tmp_path, resume="auto", free=crossbar.FREE
-    )
+    trained = train_network(config, "low_bit", train, test, seed=0, out=tmp_path, resume="auto", free=crossbar.FREE)
     layers = [m for m in trained.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(layers) == 8 and not any(parametrize.is_parametrized(m) for m in layers)
     for layer in layers:

@@ -50,7 +50,9 @@ def test_full_knowledge_of_a_chip_is_the_stronger_attack(done):
     """What tells a gradient that does not fit from robustness; the tendencies of the paper's abstract are reported."""
     found = report.read(done)
     gained = {
-        mode: sum(found[f"plain/64x64/20k/layer_gain/{mode}/{a}/minus_SW"].value for a in ("fgsm-0.1", "fgsm-0.2", "pgd-16"))
+        mode: sum(
+            found[f"plain/64x64/20k/layer_gain/{mode}/{a}/minus_SW"].value for a in ("fgsm-0.1", "fgsm-0.2", "pgd-16")
+        )
         for mode in ("SH", "HH", "HX")
     }
     assert gained["HH"] < gained["SH"] and gained["HH"] < gained["HX"]
@@ -73,8 +75,8 @@ def test_without_giving_the_gain_back_a_network_is_lost(done):
 def test_the_report_says_what_it_measured(done, capsys):
     text = (done / "report.md").read_text()
     for words in ("## Controls: robustness or a gradient that does not fit", "## Robustness map", "## Calibrations",
-                  "## Defences, alone and on chips", "differential mapping, rows by channel", "a transfer effect, not robustness",
-                  "nothing stands beside its figures"):  # fmt: skip
+                  "## Defences, alone and on chips", "differential mapping, rows by channel",
+                  "a transfer effect, not robustness", "nothing stands beside its figures"):  # fmt: skip
         assert words in text, words
     assert main(["report", str(done)]) == 0
     assert capsys.readouterr().out == text
@@ -88,7 +90,9 @@ def test_stopped_while_measuring_it_goes_on_with_what_is_missing(done, tmp_path,
     (folder / "report.json").unlink()
     for file in files[1::3]:
         file.unlink()
-    monkeypatch.setattr(Cells, "get", lambda self, name, measure: get(self, name, lambda: (measure(), made.append(name))[0]))
+    monkeypatch.setattr(
+        Cells, "get", lambda self, name, measure: get(self, name, lambda: (measure(), made.append(name))[0])
+    )
     with monkeypatch.context() as stopping:
         stopping.setattr(Cells, "get", stopped_after(Cells.get, 20))
         with pytest.raises(KeyboardInterrupt):
@@ -129,7 +133,22 @@ def test_more_chips_tiles_and_attacks_fit_the_same_folder(done, tmp_path, monkey
     shutil.copytree(done, folder)
     made, get = [], Cells.get
     monkeypatch.setattr(Cells, "get", lambda self, n, m: get(self, n, lambda: made.append(n) or m()))
-    assert main([*ARGUMENTS, "--networks", "[plain]", "--fgsm_eps", "[0.1,0.2,0.05]", "--pgd_eps", "[16]", "--out", str(folder)]) == 0
+    assert (
+        main(
+            [
+                *ARGUMENTS,
+                "--networks",
+                "[plain]",
+                "--fgsm_eps",
+                "[0.1,0.2,0.05]",
+                "--pgd_eps",
+                "[16]",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     assert made and all("fgsm-0.05" in name for name in made)
     assert main([*ARGUMENTS, "--variation", "0.2", "--out", str(folder)]) == 2  # a fact of every figure
 
@@ -144,9 +163,9 @@ def test_desk_preset_on_the_layout_of_cifar10(tmp_path):
         records[:, 0] %= 10
         records.tofile(data / name)
     arguments = ["run", "crossbar", "--preset", "desk", "--data", str(data), "--width", "0.03", "--train_images", "64",
-                 "--epochs", "1", "--batch_size", "32", "--chips", "1", "--tiles", "[16]", "--r_min", "[2e4]", "--networks",
-                 "[adversarial,plain]", "--fgsm_eps", "[0.1]", "--pgd_eps", "[8]", "--study_tiles", "[128]",
-                 "--calibrations", "[bn_reestimate]", "--seeds", "[0]", "--out", str(tmp_path / "run")]  # fmt: skip
+                 "--epochs", "1", "--batch_size", "32", "--chips", "1", "--tiles", "[16]", "--r_min", "[2e4]",
+                 "--networks", "[adversarial,plain]", "--fgsm_eps", "[0.1]", "--pgd_eps", "[8]", "--study_tiles",
+                 "[128]", "--calibrations", "[bn_reestimate]", "--seeds", "[0]", "--out", str(tmp_path / "run")]  # fmt: skip
     assert main(arguments) == 0
     found = report.read(tmp_path / "run")
     assert {r.published for r in found.results} == {None}
