@@ -157,6 +157,12 @@ def gains(mapped: nn.Module) -> dict[str, tuple[float, float]]:
     return found
 
 
+def mean_gain(mapped: nn.Module) -> tuple[float, float]:
+    """Slope and residue, mean over layers."""
+    slopes, residues = zip(*gains(mapped).values(), strict=True)
+    return sum(slopes) / len(slopes), sum(residues) / len(residues)
+
+
 def gaussian(
     network: nn.Module, wrap: Wrap, mapped: nn.Module, number: int, images: Sequence[Tensor] | None
 ) -> nn.Module:
@@ -205,12 +211,34 @@ def measure(
     }
 
     def of_chip(unit: tuple[str, int]) -> dict[str, float]:
+        """All figures of one chip; nothing is built whose figures are all kept."""
         setup, number = unit
-        return dict(
-            _on_one_chip(
-                number, mapped[setup], network, wrap, setups[setup], batches, images, attack_list, made, cells, setup
-            )
-        )
+        anew = images if setups[setup].calibration == "bn_reestimate" else None
+        hardware = functools.partial(mapped[setup], number)
+        control = functools.cache(lambda: gaussian(network, wrap, hardware(), number, anew))
+
+        def keep(name: str, job: Callable[[], Any]) -> Any:
+            return cells.get(f"{setup}/chip-{number}/{name}", job)
+
+        slope, residue = keep("gain", lambda: mean_gain(hardware()))
+        figures = {
+            "slope": slope,
+            "residue": residue,
+            "clean": keep("clean", lambda: accuracy_on(hardware(), clean, batches)),
+            "no_gradient": keep("no_gradient", lambda: without_gradient(hardware(), batches)),
+            "gaussian": keep("gaussian", lambda: accuracy_on(control(), clean, batches)),
+        }
+        for attack in attack_list:
+            own = functools.cache(lambda attack=attack: craft(hardware(), attack, batches))
+            jobs = {
+                "SH": lambda attack=attack: accuracy_on(hardware(), made(attack), batches),
+                "HH": lambda own=own: accuracy_on(hardware(), own(), batches),
+                "HX": lambda own=own: accuracy_on(mapped[setup](number + 1), own(), batches),
+                "SG": lambda attack=attack: accuracy_on(control(), made(attack), batches),
+                "GG": lambda attack=attack: accuracy_on(control(), craft(control(), attack, batches), batches),
+            }
+            figures |= {f"{mode}/{attack.name}": keep(f"{mode}/{attack.name}", job) for mode, job in jobs.items()}
+        return figures
 
     found = Measured(_shared(["software"], lambda _: of_software())["software"])
     rows = _shared([(setup, number) for setup in setups for number in range(config.chips)], of_chip)
@@ -225,39 +253,6 @@ def _shared(units: Sequence[T], measure: Callable[[T], dict[str, float]]) -> dic
     mine = {unit: measure(unit) for unit in units[distributed.rank() :: distributed.world()]}
     distributed.barrier()
     return {unit: mine[unit] if unit in mine else measure(unit) for unit in units}
-
-
-def _on_one_chip(number, of_chip, network, wrap, crossbars, batches, images, attack_list, made, cells, setup):
-    """(figure, value) of one chip; nothing is built whose figures are all there."""
-    clean = [b.images for b in batches]
-    anew = images if crossbars.calibration == "bn_reestimate" else None
-    hardware = functools.partial(of_chip, number)
-    control = functools.cache(lambda: gaussian(network, wrap, hardware(), number, anew))
-
-    def figure(name: str, value: Callable[[], Any]) -> Any:
-        return cells.get(f"{setup}/chip-{number}/{name}", value)
-
-    def whole_gain() -> list[float]:
-        found = list(gains(hardware()).values())
-        return [sum(column) / len(found) for column in zip(*found, strict=True)]
-
-    slope, residue = figure("gain", whole_gain)
-    yield "slope", slope
-    yield "residue", residue
-    yield "clean", figure("clean", lambda: accuracy_on(hardware(), clean, batches))
-    yield "no_gradient", figure("no_gradient", lambda: without_gradient(hardware(), batches))
-    yield "gaussian", figure("gaussian", lambda: accuracy_on(control(), clean, batches))
-    for attack in attack_list:
-        own = functools.cache(lambda attack=attack: craft(hardware(), attack, batches))
-        jobs = {
-            "SH": lambda attack=attack: accuracy_on(hardware(), made(attack), batches),
-            "HH": lambda own=own: accuracy_on(hardware(), own(), batches),
-            "HX": lambda own=own: accuracy_on(of_chip(number + 1), own(), batches),
-            "SG": lambda attack=attack: accuracy_on(control(), made(attack), batches),
-            "GG": lambda attack=attack: accuracy_on(control(), craft(control(), attack, batches), batches),
-        }
-        for mode, job in jobs.items():
-            yield f"{mode}/{attack.name}", figure(f"{mode}/{attack.name}", job)
 
 
 def study(
@@ -275,8 +270,7 @@ def study(
         if setup == "software":
             return {"accuracy": accuracy_on(wrap(copy.deepcopy(network)), pixels, batches)}
         whole = on_chip(network, wrap, setups[setup], 0, images)
-        layers = list(gains(whole).values())
-        slope, residue = (sum(column) / len(layers) for column in zip(*layers, strict=True))
+        slope, residue = mean_gain(whole)
         return {"accuracy": accuracy_on(whole, pixels, batches), "slope": slope, "residue": residue}
 
     return _shared(["software", *setups], lambda setup: cells.get(f"study/{setup}", lambda: of(setup)))
