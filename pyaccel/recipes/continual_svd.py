@@ -258,6 +258,7 @@ def learn_svd(
     net = ContinualNet(factorize(features), [task.classes for task in tasks], values).to(device)
 
     def prepare(t: int):
+        only_head(net, t)
         groups = [{"params": net.trained()}]
         # Parameters on the memory of the buffers, with a gradient of 0: what one optimizer over whole factors does.
         frozen = (
@@ -270,7 +271,7 @@ def learn_svd(
 
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             found, metrics = cross_entropy()(model, batch)
-            penalty = model.penalty(config.sparsity, config.orthogonality) + sum((0 * p).sum() for p in frozen)
+            penalty = net.penalty(config.sparsity, config.orthogonality) + sum((0 * p).sum() for p in frozen)
             return found + penalty, metrics | {"penalty": penalty.detach()}
 
         return groups, loss
@@ -294,6 +295,7 @@ def learn_sequential(config: Config, tasks: list[Task], seed: int, device: torch
     net = DenseNet(features, [task.classes for task in tasks], values).to(device)
 
     def prepare(t: int):
+        only_head(net, t)
         net.current = t
         return [*net.features.parameters(), *net.heads[t].parameters()], None
 
@@ -352,6 +354,12 @@ def sequence(
     drift = max(float((a - b).abs().max()) for a, b in zip(found, then, strict=True))
     convolutions = sum(p.numel() for p in net.features.parameters())
     return Learned([task.name for task in tasks], rows, drift, seconds, (convolutions, heads_of(net), 0), [], None)
+
+
+def only_head(net: nn.Module, task: int) -> None:
+    """Other read-outs ask for no gradient: DistributedDataParallel waits for every parameter that does."""
+    for number, head in enumerate(net.heads):
+        head.requires_grad_(number == task)
 
 
 def heads_of(net: nn.Module) -> int:

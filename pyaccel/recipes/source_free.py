@@ -26,9 +26,9 @@ from pyaccel.recipes.domains import SHIFTED, Domain, in_memory, open_pair
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
 from pyaccel.recipes.report import Report, write
-from pyaccel.recipes.source_free_measure import SourceNet, diagnose, predict
+from pyaccel.recipes.source_free_parts import Rounds, SourceNet, diagnose, predict
 from pyaccel.recipes.source_free_report import describe, results
-from pyaccel.training import Trainer, TwoHeads, accuracy, learning_rate_factor, seed_everything
+from pyaccel.training import Trainer, TwoHeads, accuracy, distributed, learning_rate_factor, seed_everything
 from pyaccel.training.source_free import VARIANTS
 
 __all__ = ["Config", "describe", "preset", "run"]
@@ -218,29 +218,6 @@ def augment_of(config: Config, *, training: bool) -> Augment:
     return Augment(config.crop_padding if training else 0, training and config.flip, config.mean, config.std)
 
 
-class Rounds:
-    """The batches of as many epochs as it takes, in rounds of `steps` batches: `Trainer` evaluates after each round.
-
-    The published loop counts steps and looks every 1,000 of them, whatever an epoch holds.
-    """
-
-    def __init__(self, batches: Batches, steps: int):
-        self.batches, self.steps = batches, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def epoch(self, number: int, first_batch: int = 0):
-        position, end = number * self.steps + first_batch, (number + 1) * self.steps
-        while position < end:
-            epoch, batch = divmod(position, len(self.batches))
-            for found in self.batches.epoch(epoch, batch):
-                yield found
-                position += 1
-                if position == end:
-                    return
-
-
 @dataclass
 class Adapted:
     """One pair and seed. Accuracies 0..1, by variant: `final`, after the last step; `watched`, (step, accuracy).
@@ -335,12 +312,14 @@ def train_target(
     optimizer = model.optimizer(config.adapt_lr, config.adapt_lr * config.feature_share)
     batches = training_batches(config, target, config.adapt_batch, seed)
     clean = config.memory == "clean"
-    plain = test_batches(config, target.train) if clean else batches
+    # Every process chooses the same prototypes, from all images.
+    shuffled = training_batches(config, target, config.adapt_batch, seed, spread=False)
+    all_images = test_batches(config, target.train) if clean else shuffled
 
     def loss(wrapped: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if model.step % config.refresh == 0 and variant != "naive":
             # Its own orders and crops: numbered far above the epochs of training.
-            model.refresh(plain.epoch(0 if clean else 2**20 + model.step // config.refresh), clean=clean)
+            model.refresh(all_images.epoch(0 if clean else 2**20 + model.step // config.refresh), clean=clean)
         model.set_learning_rates(optimizer)
         found = wrapped(batch.images, learn=True)
         return found.loss, {"source": found.source, "target": found.target, "alpha": found.alpha, "kept": found.kept}
@@ -356,7 +335,7 @@ def fit(
     name: str, seed: int, device: torch.device, out: Path, resume: str, scheduler=None,
 ) -> list[dict]:  # fmt: skip
     """One training by `Trainer`; the rows of its metrics."""
-    watched = test_batches(config, chosen(domain.test, config.watch_images))
+    watched = test_batches(config, chosen(domain.test, config.watch_images), spread=True)
 
     def progress(trainer: Trainer, row: dict) -> None:
         say(f"{name}, seed {seed}: {row['epoch']}/{epochs}  step {row['step']}  loss {row['train_loss']:.4f}  "
@@ -372,17 +351,21 @@ def fit(
     return trainer.fit(resume).rows
 
 
-def training_batches(config: Config, domain: Domain, size: int, seed: int) -> Batches:
-    size = min(size, len(domain.train))
+def training_batches(config: Config, domain: Domain, size: int, seed: int, *, spread: bool = True) -> Batches:
+    """Shuffled and augmented; spread: each process gets its slice of every batch, else each gets them all."""
+    world = distributed.world() if spread else 1
+    size = min(size, len(domain.train) // world * world)
     return Batches(
-        domain.train, size, seed=seed, shuffle=True, drop_last=True, augment=augment_of(config, training=True)
-    )
+        domain.train, size, seed=seed, shuffle=True, drop_last=True, augment=augment_of(config, training=True),
+        rank=distributed.rank() if spread else 0, world=world,
+    )  # fmt: skip
 
 
-def test_batches(config: Config, images: Images) -> Batches:
+def test_batches(config: Config, images: Images, *, spread: bool = False) -> Batches:
     return Batches(
-        images, config.batch_size, shuffle=False, drop_last=False, augment=augment_of(config, training=False)
-    )
+        images, config.batch_size, shuffle=False, drop_last=False, augment=augment_of(config, training=False),
+        rank=distributed.rank() if spread else 0, world=distributed.world() if spread else 1,
+    )  # fmt: skip
 
 
 def score(config: Config, model: nn.Module, images: Images, device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""What `source_free` measures of a classifier: predictions, and whether what the method builds on holds."""
+"""Parts of `source_free`: its network, its rounds of batches, what it measures of a classifier."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ class SourceNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
+
+
+class Rounds:
+    """The batches of as many epochs as it takes, in rounds of `steps` batches: `Trainer` evaluates after each round.
+
+    The published loop counts steps and looks every 1,000 of them, whatever an epoch holds.
+    """
+
+    def __init__(self, batches: Batches, steps: int):
+        self.batches, self.steps = batches, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, number: int, first_batch: int = 0):
+        position, end = number * self.steps + first_batch, (number + 1) * self.steps
+        while position < end:
+            epoch, batch = divmod(position, len(self.batches))
+            for found in self.batches.epoch(epoch, batch):
+                yield found
+                position += 1
+                if position == end:
+                    return
 
 
 def predict(model: nn.Module, batches: Batches, device: torch.device) -> tuple[Tensor, Tensor]:
