@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyaccel.models.dropout import HeldDropout
 from pyaccel.models.form import Form
 from pyaccel.models.layer import Layer, start_artificial
+from pyaccel.models.recompute import layer_by_layer, piece_by_piece
 from pyaccel.models.vgg import Vgg
 from pyaccel.nn import BNTTLIF, LIF, STDBLIF, PoissonEncoder, SpikeAvgPool2d, every_step
 
@@ -140,6 +141,10 @@ class SpikingNetwork(nn.Module):
         steps, leak, gain, mean_readout, dropout: None: the description's (see `Form`).
         threshold: of every neuron.
         seed: of the encoder and of dropout.
+        recompute_layers: in training a layer keeps only the spikes it reads, and computes the rest again in the backward
+            pass: memory of one layer, a third more time.
+        recompute_steps: in training the network keeps only its membranes after every so many time steps, and computes
+            the steps between again: activations of so many steps, whatever T is. Not both.
         options: of the neuron (`reset`, `surrogate`, `alpha`, ...; see `nn.LIF`, `nn.STDBLIF`).
     """
 
@@ -159,9 +164,16 @@ class SpikingNetwork(nn.Module):
         dropout: tuple[float, float] | None = None,
         seed: int = 0,
         input: str = "poisson",
+        recompute_layers: bool = False,
+        recompute_steps: int | None = None,
         **options,
     ):
         super().__init__()
+        if recompute_steps is not None and recompute_steps < 1:
+            raise ValueError(f"recompute_steps must be at least 1, got {recompute_steps}")
+        if recompute_layers and recompute_steps is not None:
+            raise ValueError("recompute_layers and recompute_steps were both given; choose one")
+        self.recompute_layers, self.recompute_steps = recompute_layers, recompute_steps
         if input not in INPUTS:
             raise ValueError(f"input of a spiking network must be one of {', '.join(INPUTS)}, got {input!r}")
         form: Form = description.form
@@ -209,18 +221,26 @@ class SpikingNetwork(nn.Module):
 
     def spikes(self, images: Tensor, sample_ids: Tensor | None = None, steps: int | None = None) -> Tensor:
         """What the read-out reads, `[T, B, values]`: spikes of the last hidden layer."""
+        again = self.recompute_layers and torch.is_grad_enabled()
         hidden = self.encoder(images, sample_ids, steps=steps)
         for layer in self.features:
-            hidden = layer(hidden, sample_ids)
+            hidden = layer_by_layer(layer, hidden, sample_ids) if again else layer(hidden, sample_ids)
         hidden = self.flat(hidden)
         for layer in self.classifier:
-            hidden = layer(hidden, sample_ids)
+            hidden = layer_by_layer(layer, hidden, sample_ids) if again else layer(hidden, sample_ids)
         if self.training and self.readout_dropout:
             hidden = hidden / (1 - self.readout_dropout)
         return hidden
 
     def forward(self, images: Tensor, sample_ids: Tensor | None = None, steps: int | None = None) -> Tensor:
         # Linear in the spikes, so their mean or sum over time may be taken first.
+        if self.recompute_steps is not None and torch.is_grad_enabled():
+            steps = self.steps if steps is None else steps
+            total = piece_by_piece(
+                self, self.encoder, lambda images, count: self.spikes(images, sample_ids, count).sum(0),
+                images, steps, self.recompute_steps,
+            )  # fmt: skip
+            return self.readout(total / steps if self.mean_readout else total)
         spikes = self.spikes(images, sample_ids, steps)
         return self.readout(spikes.mean(0) if self.mean_readout else spikes.sum(0))
 

@@ -58,6 +58,10 @@ class BNTTLIF(_Neuron):
         super().reset_state()
         self.first_step = 0
 
+    def carry(self, first_step: int, membrane: Tensor) -> None:
+        super().carry(first_step, membrane)
+        self.first_step = first_step
+
     def forward(self, current: Tensor) -> Tensor:
         membrane, rows = self._carried(), self._rows(current.shape[0])
         state = state_dtype(current.dtype)

@@ -153,6 +153,13 @@ class STDBLIF(Stateful):
         super().reset_state()
         self.since = None
 
+    def carry(self, first_step: int, membrane: Tensor, since: Tensor) -> None:
+        super().carry(first_step, membrane)
+        self.since = since
+
+    def carried_state(self) -> tuple[Tensor, ...]:
+        return self.membrane, self.since
+
     def forward(self, current: Tensor) -> Tensor:
         spikes, membrane, since = ops.stdb_lif(
             current, self._carried(), self.since, leak=self.leak, threshold=self.threshold, alpha=self.alpha, beta=self.beta,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +27,14 @@ class Stateful(nn.Module):
         """Forget the state kept by a stateful module."""
         self.membrane = None
 
+    def carry(self, first_step: int, membrane: Tensor) -> None:
+        """The next call starts from this state, at this time step of its sequence."""
+        self.membrane = membrane
+
+    def carried_state(self) -> tuple[Tensor, ...]:
+        """What `carry` takes back, after a call."""
+        return (self.membrane,)
+
     def detach_state(self) -> None:
         """Keep the state, cut its history (truncated backpropagation through time)."""
         self.membrane = None if self.membrane is None else self.membrane.detach()
@@ -43,7 +55,20 @@ class Stateful(nn.Module):
         return state
 
 
+_repeating: ContextVar[bool] = ContextVar("repeating", default=False)
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """Inside, a checkpointed block may be repeated: the caller has put states and counters back to what they were."""
+    token = _repeating.set(True)
+    try:
+        yield
+    finally:
+        _repeating.reset(token)
+
+
 def refuse_recomputation(module: nn.Module, why: str) -> None:
     """An error where activation checkpointing repeats what cannot be repeated: gradients would be wrong, in silence."""
-    if not torch.compiler.is_compiling() and recomputing():
+    if not torch.compiler.is_compiling() and recomputing() and not _repeating.get():
         raise RuntimeError(f"{type(module).__name__}: a checkpointed block cannot repeat this layer: {why}")

@@ -61,6 +61,8 @@ class Config(ClassifierConfig):
         events: the data are event recordings, binned into `steps` frames by "time" or "count" (see
             `data.bin_events`), which the network reads as they are; None: images, through the encoder.
         norms: the networks to train, of "bntt", "shared", "none".
+        recompute_layers: less memory for more time: layers compute their activations again in the backward pass.
+        recompute_steps: or the network does, in pieces of so many time steps (not with "shared").
         exit_threshold: tau of the early exit.
         exit_over: what tau is compared with in a layer, "mean" or "max" over its channels.
         exit_absolute: compare absolute values of the gains.
@@ -75,6 +77,8 @@ class Config(ClassifierConfig):
     batch_size: int = 256
     lr: float = 0.3
     weight_decay: float = 1e-4
+    recompute_layers: bool = False
+    recompute_steps: int | None = None
     exit_threshold: float = 0.1
     exit_over: str = "mean"
     exit_absolute: bool = False
@@ -202,6 +206,8 @@ def build(config: Config, images: Images | EventFolder, norm: str, seed: int) ->
         leak=config.leak,
         norm=norm,
         gain=config.gain,
+        recompute_layers=config.recompute_layers,
+        recompute_steps=config.recompute_steps,
         seed=seed,
         input="events" if config.events else "poisson",
     )

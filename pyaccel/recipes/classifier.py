@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyaccel.data import CIFAR_MEAN, CIFAR_STD, Augment, Batch, Batches, epoch_order, open_images
 from pyaccel.data.images import ImageFolder, ImageSet
+from pyaccel.nn import convert_sync_bntt
 from pyaccel.training import History, Trainer, accuracy, distributed
 
 Images = ImageSet | ImageFolder
@@ -187,6 +188,22 @@ class Normalised(nn.Module):
         return self.model(images, *arguments)
 
 
+def synchronise_norms(model: nn.Module, device: torch.device) -> None:
+    """Let every normalisation of `model` take its statistics over all processes.
+
+    ValueError for torch's own BatchNorm on a CPU, which torch synchronises on GPUs only.
+    """
+    convert_sync_bntt(model)
+    for name, module in list(model.named_modules()):
+        for child, norm in list(module.named_children()):
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                if device.type != "cuda":
+                    where = f"{name}.{child}".lstrip(".")
+                    raise ValueError(f"sync_norm: {where} is a {type(norm).__name__}, which torch synchronises on GPUs only; "
+                                     "train on GPUs, in one process, or with --sync_norm false")  # fmt: skip
+                setattr(module, child, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+
+
 def milestones(epochs: int) -> list[int]:
     """Finished epochs at which the learning rate drops: after the epochs numbered 5/10, 7/10, 9/10 of all, from 0."""
     return [epochs * tenths // 10 + 1 for tenths in (5, 7, 9)]
@@ -238,6 +255,8 @@ def train_classifier(
     """
     device, epochs = device_of(config), config.epochs if epochs is None else epochs
     model.to(device)
+    if config.sync_norm and distributed.world() > 1:
+        synchronise_norms(model, device)
     optimizer = sgd(config, model) if optimizer is None else optimizer
     scheduler = scheduler or torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones(epochs), 0.1)
     part = (0.08, 1.0) if config.resized_crop else None
