@@ -72,7 +72,9 @@ def bits(config: Config, measured: Runs, path: Path) -> None:
 
 
 def accuracy_over_energy(config: Config, measured: Runs, path: Path) -> None:
-    """Accuracy (%) over modelled energy, 16 bits = 1: filled clean, open under the strongest attack; mean over seeds."""
+    """Accuracy (%) over modelled energy, 16 bits = 1: filled clean, open under the strongest attack; mean over seeds.
+
+    Networks with adversarial training have the widths, and so the place, of those without: black edges tell them apart."""
     energy, eps = MacEnergy(alpha=config.alpha), max(config.pgd_eps)
     with _figure(path, 1, (7.2, 4.0)) as (_, (axis,)):
         for name in config.networks:
@@ -85,8 +87,9 @@ def accuracy_over_energy(config: Config, measured: Runs, path: Path) -> None:
             attacked = 100 * sum(worst(run, eps) for run in runs) / len(runs)
             colour, marker = COLOURS.get(kind, "#5F5F5F"), MARKERS.get(kind, "h")
             axis.plot([spent, spent], [clean, attacked], "--" if defence else "-", color=colour, linewidth=0.8, zorder=1)
-            axis.plot(spent, clean, marker, color=colour, markersize=7, label=name, linestyle="none")
-            axis.plot(spent, attacked, marker, markerfacecolor="white", color=colour, markersize=7, linestyle="none")
+            style = dict(color=colour, linestyle="none", markersize=7, markeredgecolor="black" if defence else colour)
+            axis.plot(spent, clean, marker, label=name, **style)
+            axis.plot(spent, attacked, marker, markerfacecolor="white", **style)
         axis.set_xlim(0, 1.05)
         axis.set_xlabel("energy of multiply-accumulates, 16 bits = 1 (model: subword parallel)")
         axis.set_title(f"test accuracy (%): filled clean, open at {eps:g}/255")
