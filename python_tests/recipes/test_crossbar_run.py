@@ -165,7 +165,8 @@ def test_desk_preset_on_the_layout_of_cifar10(tmp_path):
     arguments = ["run", "crossbar", "--preset", "desk", "--data", str(data), "--width", "0.03", "--train_images", "64",
                  "--epochs", "1", "--batch_size", "32", "--chips", "1", "--tiles", "[16]", "--r_min", "[2e4]",
                  "--networks", "[adversarial,plain]", "--fgsm_eps", "[0.1]", "--pgd_eps", "[8]", "--study_tiles",
-                 "[128]", "--calibrations", "[bn_reestimate]", "--seeds", "[0]", "--out", str(tmp_path / "run")]  # fmt: skip
+                 "[128]", "--calibrations", "[bn_reestimate]", "--seeds", "[0]",
+                 "--out", str(tmp_path / "run")]  # fmt: skip
     assert main(arguments) == 0
     found = report.read(tmp_path / "run")
     assert {r.published for r in found.results} == {None}
