@@ -292,7 +292,7 @@ def _method(report: Report) -> Section:
             f"Chips: {c['scheme']} mapping, rows by {c['row_order']}, filled with {c['padding']} cells; terminals "
             f"{c['r_driver']:g} and {c['r_sense']:g} ohm, wires {c['r_wire_row']:g} and {c['r_wire_col']:g} ohm a "
             f"cell, OFF over ON resistance {c['on_off']:g}, device variation {c['variation']:g}; every layer on "
-            "crossbars, biases and normalisation digital, no converters. Mapping, calibrations and the ON resistance are "
-            "this library's choices where the paper was not at hand: see docs/crossbar.md.",
+            "crossbars, biases and normalisation digital, no converters. Mapping, calibrations and the ON "
+            "resistance are this library's choices where the paper was not at hand: see docs/crossbar.md.",
         ],
     )

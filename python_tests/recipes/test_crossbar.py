@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from pyaccel.data import Batch
 from pyaccel.hardware import CrossbarConfig
-from pyaccel.recipes import crossbar
+from pyaccel.recipes import crossbar, crossbar_measure
 from pyaccel.recipes.classifier import Normalised
 from pyaccel.recipes.crossbar_measure import (
     MODES,
@@ -179,6 +179,31 @@ def test_cells_keep_figures_by_name_and_weights(tmp_path):
     file.write_text("{")
     with pytest.raises(ValueError, match=r"clean.json: not a figure as it was written .*; remove this file"):
         cells.get("16x16/20k/none/clean", one)
+
+
+def test_processes_share_the_units_and_read_what_the_others_kept(tmp_path, monkeypatch):
+    units, made = [f"unit-{i}" for i in range(5)], []
+
+    def figure(unit):
+        def one():
+            made.append((rank, unit))
+            return float(unit[-1])
+
+        return {"value": Cells(tmp_path, "w").get(unit, one)}
+
+    def others():
+        """What the other processes have done when all meet."""
+        for other in range(world):
+            for unit in units[other::world] if other != rank else []:
+                Cells(tmp_path, "w").get(unit, lambda unit=unit: float(unit[-1]))
+
+    rank, world = 1, 3
+    monkeypatch.setattr(crossbar_measure.distributed, "rank", lambda: rank)
+    monkeypatch.setattr(crossbar_measure.distributed, "world", lambda: world)
+    monkeypatch.setattr(crossbar_measure.distributed, "barrier", others)
+    found = crossbar_measure._shared(units, figure)
+    assert found == {unit: {"value": float(unit[-1])} for unit in units} and list(found) == units
+    assert made == [(1, "unit-1"), (1, "unit-4")]
 
 
 def test_a_fingerprint_sees_every_weight():
