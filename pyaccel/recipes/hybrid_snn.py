@@ -64,20 +64,17 @@ class Config(HybridConfig):
 PAPER = Config()
 DESK = replace(
     PAPER, preset="desk", train_images=6_000, watch_images=500, test_images=500, count_images=100, model="vgg5_robust",
-    width=0.25,
-    dropout=(0.1, 0.1), epochs=8, lr=3e-2, balance_images=64, balance_steps=200, steps=20,
-    curve=(6, 8, 10, 15, 20, 30, 50, 100, 200), tune_epochs=2, tune_lr=5e-4, tune_weight_decay=0.0, tune_images=2_000,
+    width=0.25, dropout=(0.1, 0.1), epochs=8, lr=3e-2, balance_images=64, balance_steps=200, steps=15,
+    curve=(6, 8, 10, 15, 20, 30, 50, 100, 200), tune_epochs=2, tune_lr=5e-4, tune_weight_decay=0.0, tune_batch_size=32,
+    tune_images=2_000,
 )  # fmt: skip
 DESK_DIGITS = replace(
-    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, width=0.125, epochs=8, tune_epochs=3,
-    tune_images=None
+    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, width=0.125, tune_epochs=3, tune_images=None
 )  # fmt: skip
 SMOKE = replace(
     DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, dropout=(0.0, 0.1), epochs=15, batch_size=32,
-    lr=5e-2,
-    watch_images=None, test_images=None, balance_images=256, balance_steps=100, curve=(2, 3, 5, 10, 20, 50, 150),
-    steps=5,
-    tune_epochs=5, seeds=(0, 1, 2),
+    lr=5e-2, watch_images=None, test_images=None, balance_images=256, balance_steps=100,
+    curve=(2, 3, 5, 10, 20, 50, 150), steps=5, tune_epochs=5, seeds=(0, 1, 2),
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 

@@ -107,24 +107,20 @@ class Config(HybridConfig):
 PAPER = Config()
 DESK = replace(
     PAPER, preset="desk", train_images=4_000, watch_images=300, test_images=200, width=0.125, dropout=(0.0, 0.1),
-    epochs=6,
-    lr=3e-2, balance_images=64, balance_steps=150, tune_epochs=2, tune_lr=1e-3, tune_weight_decay=0.0,
-    tune_images=1_500, steps=20,
-    conv_steps=100, bntt_steps=8, eps=(4 / 255,), step=1 / 255, attack_images=100, surrogates=("atan", "rectangle"),
-    draws=3, sweep_steps=(10, 40), sweep_leaks=(1.0, 0.7), sweep_at=20, sweep_eps=4 / 255, agree_steps=(10, 30, 100),
+    epochs=6, lr=3e-2, balance_images=64, balance_steps=150, tune_epochs=2, tune_lr=1e-3, tune_weight_decay=0.0,
+    tune_batch_size=32, tune_images=1_500, steps=20, conv_steps=100, bntt_steps=8, eps=(4 / 255,), step=1 / 255,
+    attack_images=100, surrogates=("atan", "rectangle"), draws=3, sweep_steps=(10, 40), sweep_leaks=(1.0, 0.7),
+    sweep_at=20, sweep_eps=4 / 255, agree_steps=(10, 30, 100),
 )  # fmt: skip
 DESK_DIGITS = replace(
     DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, epochs=8, tune_epochs=3,
-    tune_images=None, eps=(0.1,),
-    step=0.025, sweep_eps=0.1,
+    tune_images=None, eps=(0.1,), step=0.025, sweep_eps=0.1,
 )  # fmt: skip
 SMOKE = replace(
     DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, epochs=12, batch_size=32, lr=5e-2,
-    watch_images=None,
-    test_images=None, balance_images=256, balance_steps=100, steps=10, conv_steps=60, tune_epochs=4, eps=(0.125,),
-    step=0.03,
-    attack_images=120, networks=NETWORKS, sweep_steps=(5, 20), sweep_at=10, sweep_eps=0.125, agree_steps=(10, 60),
-    seeds=(0, 1),
+    watch_images=None, test_images=None, balance_images=256, balance_steps=100, steps=10, conv_steps=60, tune_epochs=4,
+    eps=(0.125,), step=0.03, attack_images=120, networks=NETWORKS, sweep_steps=(5, 20), sweep_at=10, sweep_eps=0.125,
+    agree_steps=(10, 60), seeds=(0, 1),
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
