@@ -1,4 +1,4 @@
-"""Adversarial noise sensitivity of a network's layers, and the bit widths that it gives them (quanos, sections 1 and 2).
+"""Adversarial noise sensitivity of a network's layers, and the bit widths it gives them (quanos, sections 1 and 2).
 
 Only the abstract of arXiv 2004.11233 was at hand: the normalisation, the two bit rules and their constants are this
 library's reading of it.
@@ -18,8 +18,18 @@ from pyaccel.training.evaluate import evaluating
 RULES = ("inverse", "proportional")
 RATIOS = ("image", "batch", "unnormalised")
 NON_LINEAR = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardtanh,
-)  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardswish,
+    nn.Hardtanh,
+)
 DEAD = 1e-12  # an activation with a norm below it has no relative change
 
 
@@ -56,7 +66,9 @@ def noise_sensitivity(
     if ratio not in RATIOS:
         raise ValueError(f"noise_sensitivity: ratio must be one of {', '.join(RATIOS)}, got {ratio!r}")
     if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(f"noise_sensitivity: expected one label an image, got {len(images)} images, {len(labels)} labels")
+        raise ValueError(
+            f"noise_sensitivity: expected one label an image, got {len(images)} images, {len(labels)} labels"
+        )
     sums: dict[str, Tensor] = {}
     with evaluating(model):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
@@ -92,7 +104,8 @@ def activations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
             hook.remove()
     if not seen and len(waiting) > 1:
         raise ValueError(
-            "noise_sensitivity: the network runs no non-linearity module (functional ones cannot be seen); use nn.ReLU and "
+            "noise_sensitivity: the network runs no non-linearity module (functional ones cannot be seen); use "
+            "nn.ReLU and "
             "its like as modules"
         )
     return {**found, **waiting}

@@ -1,8 +1,8 @@
 """What the `quanos` recipe does to a trained network: white-box attacks, and the controls that expose masked gradients.
 
-A quantiser's true gradient is zero almost everywhere, so an attacker who takes it gets no further than random noise, and
-what looks like robustness would be a masked gradient. White-box attacks here go through the straight-through gradient
-of the layers; the controls are the same gradient without clipping ("unclipped": BPDA, the quantiser is the identity in
+A quantiser's true gradient is zero almost everywhere, so an attacker who takes it gets no further than random noise,
+and what looks like robustness would be a masked gradient. White-box attacks here go through the straight-through
+gradient of the layers; the controls are the same gradient without clipping ("unclipped": BPDA, the quantiser is the identity in
 the backward pass), adversarial images of the full-precision network ("transfer"), and noise of the same size.
 """
 
@@ -58,14 +58,18 @@ def craft(attack: Attack, model: nn.Module, batches: Sequence[tuple[Tensor, Tens
                 masked += 1
                 made.append(x)
     if masked:
-        warnings.warn(f"the gradient of {masked} of {len(made)} batches is exactly zero: the attack did nothing to them "
-                      "and their accuracy is no sign of robustness", RuntimeWarning, stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"the gradient of {masked} of {len(made)} batches is exactly zero: the attack did nothing to them "
+            "and their accuracy is no sign of robustness",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return made
 
 
 @torch.inference_mode()
 def accuracy_on(model: nn.Module, images: Sequence[Tensor], batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Accuracy 0..1 of the deployed network (quantised layers run on integers) on `images`, with the batches' labels."""
+    """Accuracy 0..1 of the deployed network (quantised layers on integers) on `images`, with the batches' labels."""
     with evaluating(model):
         right = sum(int((model(x).argmax(1) == y).sum()) for x, (_, y) in zip(images, batches, strict=True))
     return right / sum(len(y) for _, y in batches)

@@ -14,9 +14,24 @@ if TYPE_CHECKING:
     from pyaccel.recipes.quanos import Config, Measurement
 
 # Okabe and Ito's palette; networks with adversarial training are dashed.
-COLOURS = {"float32": "#5F5F5F", "bits16": "#56B4E9", "bits8": "#000000", "inverse": "#0072B2", "proportional": "#E69F00",
-           "iso_inverse": "#009E73", "iso_proportional": "#CC79A7"}  # fmt: skip
-MARKERS = {"float32": "X", "bits16": "s", "bits8": "o", "inverse": "D", "proportional": "^", "iso_inverse": "v", "iso_proportional": "P"}
+COLOURS = {
+    "float32": "#5F5F5F",
+    "bits16": "#56B4E9",
+    "bits8": "#000000",
+    "inverse": "#0072B2",
+    "proportional": "#E69F00",
+    "iso_inverse": "#009E73",
+    "iso_proportional": "#CC79A7",
+}
+MARKERS = {
+    "float32": "X",
+    "bits16": "s",
+    "bits8": "o",
+    "inverse": "D",
+    "proportional": "^",
+    "iso_inverse": "v",
+    "iso_proportional": "P",
+}
 Runs = Mapping[tuple[str, int], "Measurement"]
 
 
@@ -47,9 +62,15 @@ def sensitivity(config: Config, measured: Runs, path: Path) -> None:
 
         for i in sorted({round(i * (len(epochs) - 1) / 7) for i in range(8)} | {config.initial_epochs - 1}):
             decided = i == config.initial_epochs - 1
-            axis.plot(range(len(epochs[i])), list(epochs[i].values()), marker="o", markersize=3,
-                      color="#D55E00" if decided else colormaps["Blues"](0.35 + 0.65 * i / max(1, len(epochs) - 1)),
-                      label=f"epoch {i + 1}" + (", widths assigned" if decided else ""), zorder=3 if decided else 2)  # fmt: skip
+            axis.plot(
+                range(len(epochs[i])),
+                list(epochs[i].values()),
+                marker="o",
+                markersize=3,
+                color="#D55E00" if decided else colormaps["Blues"](0.35 + 0.65 * i / max(1, len(epochs) - 1)),
+                label=f"epoch {i + 1}" + (", widths assigned" if decided else ""),
+                zorder=3 if decided else 2,
+            )
         axis.set_xticks(range(len(labels)), [labels[layer] for layer in epochs[0]], rotation=60, ha="right", fontsize=8)
         axis.set_title(f"{name}: adversarial noise sensitivity at {eps:g}/255")
         axis.set_ylim(bottom=0)
@@ -65,7 +86,9 @@ def bits(config: Config, measured: Runs, path: Path) -> None:
         for i, name in enumerate(names):
             runs = [measured[name, seed] for seed in config.seeds]
             means = [sum(run.layers[j].weight_bits for run in runs) / len(runs) for j in range(len(layers))]
-            axis.bar([j - 0.4 + (i + 0.5) * width for j in range(len(layers))], means, width, color=COLOURS[name], label=name)
+            axis.bar(
+                [j - 0.4 + (i + 0.5) * width for j in range(len(layers))], means, width, color=COLOURS[name], label=name
+            )
         axis.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
         axis.set_title("bits of weights and activations")
         axis.legend(ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.08), fontsize=8)
@@ -74,7 +97,7 @@ def bits(config: Config, measured: Runs, path: Path) -> None:
 def accuracy_over_energy(config: Config, measured: Runs, path: Path) -> None:
     """Accuracy (%) over modelled energy, 16 bits = 1: filled clean, open under the strongest attack; mean over seeds.
 
-    Networks with adversarial training have the widths, and so the place, of those without: black edges tell them apart."""
+    Networks with adversarial training have the widths, and the place, of those without: black edges tell them apart."""
     energy, eps = MacEnergy(alpha=config.alpha), max(config.pgd_eps)
     with _figure(path, 1, (7.2, 4.0)) as (_, (axis,)):
         for name in config.networks:
@@ -86,7 +109,9 @@ def accuracy_over_energy(config: Config, measured: Runs, path: Path) -> None:
             clean = 100 * sum(run.attacked["clean"] for run in runs) / len(runs)
             attacked = 100 * sum(worst(run, eps) for run in runs) / len(runs)
             colour, marker = COLOURS.get(kind, "#5F5F5F"), MARKERS.get(kind, "h")
-            axis.plot([spent, spent], [clean, attacked], "--" if defence else "-", color=colour, linewidth=0.8, zorder=1)
+            axis.plot(
+                [spent, spent], [clean, attacked], "--" if defence else "-", color=colour, linewidth=0.8, zorder=1
+            )
             style = dict(color=colour, linestyle="none", markersize=7, markeredgecolor="black" if defence else colour)
             axis.plot(spent, clean, marker, label=name, **style)
             axis.plot(spent, attacked, marker, markerfacecolor="white", **style)
@@ -106,8 +131,15 @@ def accuracy_over_epsilon(config: Config, measured: Runs, path: Path) -> None:
                 runs = [measured[name, seed] for seed in config.seeds]
                 keys = ["clean"] + [f"{attack}_{eps:g}" for eps in strengths]
                 means = [100 * sum(run.attacked[key] for run in runs) / len(runs) for key in keys]
-                axis.plot([0, *strengths], means, "--" if defence else "-", color=COLOURS.get(kind, "#5F5F5F"),
-                          marker=MARKERS.get(kind, "h"), markersize=4, label=name)  # fmt: skip
+                axis.plot(
+                    [0, *strengths],
+                    means,
+                    "--" if defence else "-",
+                    color=COLOURS.get(kind, "#5F5F5F"),
+                    marker=MARKERS.get(kind, "h"),
+                    markersize=4,
+                    label=name,
+                )
             axis.set_title(f"{attack.upper()}: test accuracy (%)")
             axis.set_xlabel("eps in 1/255 of the pixel range")
             axis.set_ylim(0, 100)

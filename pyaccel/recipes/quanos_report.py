@@ -54,7 +54,11 @@ def _widths(add, network, runs, config) -> None:
     for reference in (32, 16, 8):
         add(f"{network}/compression_{reference}", [compression(run.layers, reference) for run in runs], "1")
     weights = [sum(c.weights for c in run.layers) for run in runs]
-    add(f"{network}/stored_compression_32", [4 * n / run.packed_bytes for n, run in zip(weights, runs, strict=True)], "1")
+    add(
+        f"{network}/stored_compression_32",
+        [4 * n / run.packed_bytes for n, run in zip(weights, runs, strict=True)],
+        "1",
+    )
     if network.startswith("float32"):
         return  # no integer unit runs it
     for mode in MODES:
@@ -101,13 +105,32 @@ def _eps(report: Report) -> str:
 
 def _accuracy(report: Report, networks: list[str]) -> Section:
     eps = _eps(report)
-    rows = [("network", "CA, %", f"AA {eps}/255, %", "AL, points", "mean bits", "x less memory (32 bits)",
-             "x less energy (8 bits)", "seeds")]  # fmt: skip
+    rows = [
+        (
+            "network",
+            "CA, %",
+            f"AA {eps}/255, %",
+            "AL, points",
+            "mean bits",
+            "x less memory (32 bits)",
+            "x less energy (8 bits)",
+            "seeds",
+        )
+    ]
     for network in networks:
         saved = "" if network.startswith("float32") else report[f"{network}/efficiency_subword_parallel_8"].text()
-        rows.append((network, report[f"{network}/accuracy"].text(), report[f"{network}/worst_{eps}"].text(),
-                     report[f"{network}/loss_{eps}"].text(), report[f"{network}/mean_bits_by_weights"].text(),
-                     report[f"{network}/compression_32"].text(), saved, str(report[f"{network}/accuracy"].n)))  # fmt: skip
+        rows.append(
+            (
+                network,
+                report[f"{network}/accuracy"].text(),
+                report[f"{network}/worst_{eps}"].text(),
+                report[f"{network}/loss_{eps}"].text(),
+                report[f"{network}/mean_bits_by_weights"].text(),
+                report[f"{network}/compression_32"].text(),
+                saved,
+                str(report[f"{network}/accuracy"].n),
+            )
+        )
     text = [
         f"CA: accuracy on every test image, quantised networks on integers. AA: the least accuracy over all attacks of "
         f"{eps}/255 (FGSM, PGD, unclipped gradient, transfer) on {_count(report)}. AL: CA on the same images minus AA. "
@@ -130,22 +153,55 @@ def _count(report: Report) -> str:
 def _claims(report: Report, networks: list[str]) -> Section:
     """The abstract's claims, rule by rule: as measured, for or against."""
     eps = _eps(report)
-    rows = [("network", "against", "CA, points", f"AA {eps}/255, points", "compression 32", "less energy than 8 bits (SP)", "all four")]
+    rows = [
+        (
+            "network",
+            "against",
+            "CA, points",
+            f"AA {eps}/255, points",
+            "compression 32",
+            "less energy than 8 bits (SP)",
+            "all four",
+        )
+    ]
     for network in networks:
         rule, _, defence = network.partition("+")
         if rule not in ("inverse", "proportional"):
             continue
-        for other in (name for base in ("bits8", f"iso_{rule}") for name in [base + f"+{defence}" * bool(defence)] if name in networks):
-            clean, attacked = ((report[f"{network}/{what}"].value - report[f"{other}/{what}"].value)
-                               for what in ("accuracy", f"worst_{eps}"))  # fmt: skip
-            smaller, saved = (report[f"{network}/{what}"].value for what in ("compression_32", "efficiency_subword_parallel_8"))
+        for other in (
+            name
+            for base in ("bits8", f"iso_{rule}")
+            for name in [base + f"+{defence}" * bool(defence)]
+            if name in networks
+        ):
+            clean, attacked = (
+                (report[f"{network}/{what}"].value - report[f"{other}/{what}"].value)
+                for what in ("accuracy", f"worst_{eps}")
+            )
+            smaller, saved = (
+                report[f"{network}/{what}"].value for what in ("compression_32", "efficiency_subword_parallel_8")
+            )
             met = clean >= -1 and attacked >= 0 and smaller > 5 and saved > 2
-            rows.append((network, other, f"{clean:+.2f}", f"{attacked:+.2f}", f"{smaller:.2f}", f"{saved:.2f}", "yes" if met else "no"))
+            rows.append(
+                (
+                    network,
+                    other,
+                    f"{clean:+.2f}",
+                    f"{attacked:+.2f}",
+                    f"{smaller:.2f}",
+                    f"{saved:.2f}",
+                    "yes" if met else "no",
+                )
+            )
     text = [
-        "The abstract claims, on CIFAR-10 and CIFAR-100, 3 to 4 points more robustness than an 8-bit network, more than 5x "
-        "compression and more than 2x energy saving at the same accuracy; and at the same compression more robustness than a "
-        "homogeneous network. No table of the paper was at hand, so no figure of its own stands here. All four: accuracy within 1 "
-        "point of the other network, robustness not below it, compression above 5 (against 32 bits), energy saving above 2.",
+        "The abstract claims, on CIFAR-10 and CIFAR-100, 3 to 4 points more robustness than an 8-bit "
+        "network, more than 5x "
+        "compression and more than 2x energy saving at the same accuracy; and at the same compression more "
+        "robustness than a "
+        "homogeneous network. No table of the paper was at hand, so no figure of its own stands here. All "
+        "four: accuracy within 1 "
+        "point of the other network, robustness not below it, compression above 5 (against 32 bits), energy "
+        "saving above 2.",
     ]
     return Section("Against the abstract's claims", text, rows if len(rows) > 1 else ())
 
@@ -154,8 +210,11 @@ def _attacks(report: Report, networks: list[str]) -> Section:
     names = [f"fgsm_{e:g}" for e in report.config["fgsm_eps"]] + [f"pgd_{e:g}" for e in report.config["pgd_eps"]]
     rows = [("network", "no attack", *(name.upper().replace("_", " ") for name in names))]
     rows += [(n, *(report[f"{n}/{name}"].text() for name in ("clean", *names))) for n in networks]
-    text = [f"Accuracy in % on {_count(report)}. FGSM and PGD ({report.config['pgd_steps']} steps, random start) on each network "
-            "itself, through the straight-through gradient of its quantisers; strengths in 1/255."]  # fmt: skip
+    text = [
+        f"Accuracy in % on {_count(report)}. FGSM and PGD ({report.config['pgd_steps']} steps, random start) "
+        "on each network "
+        "itself, through the straight-through gradient of its quantisers; strengths in 1/255."
+    ]
     return Section("Attacks", text, rows)
 
 
@@ -170,7 +229,8 @@ def _masking(report: Report, networks: list[str]) -> Section:
             rows.append((f"{network}, {eps:g}/255", *cells))
             signs += _signs(report, network, eps, {kind: v.value for kind, v in values.items()})
     text = [
-        "A quantiser's true gradient is zero, so an attacker who takes it can only add noise: the last column is what such "
+        "A quantiser's true gradient is zero, so an attacker who takes it can only add noise: the last "
+        "column is what such "
         "an attack would report as robustness. Signs of a masked gradient are a transferred, an unclipped or a "
         "single-step attack that does more harm than PGD on the network itself.",
         *(signs or ["No such sign in this run."]),
@@ -183,8 +243,15 @@ def _signs(report: Report, network: str, eps: float, values: Mapping[str, float]
     if eps in report.config["fgsm_eps"]:
         values["FGSM"] = report[f"{network}/fgsm_{eps:g}"].value
     stronger = [kind for kind in ("FGSM", "unclipped", "transfer") if values.get(kind, 101) < values["pgd"] - 1]
-    return [f"**{network}, {eps:g}/255: {', '.join(stronger)} does more harm than PGD (by over a point): the white-box figure "
-            "is too good; AA counts the stronger attack.**"] if stronger else []  # fmt: skip
+    return (
+        [
+            f"**{network}, {eps:g}/255: {', '.join(stronger)} does more harm than PGD (by over a point): the "
+            "white-box figure "
+            "is too good; AA counts the stronger attack.**"
+        ]
+        if stronger
+        else []
+    )
 
 
 def _layers(report: Report, network: str) -> list[str]:
@@ -195,12 +262,24 @@ def _layers(report: Report, network: str) -> list[str]:
 def _bits(report: Report, networks: list[str]) -> Section:
     mixed = [n for n in networks if n.startswith(("inverse", "proportional", "iso_"))]
     rows = [("layer", *mixed)]
-    rows += [(layer, *(_mean(report[f"{n}/bits/{layer}"].text(1)) for n in mixed)) for layer in _layers(report, networks[0])]
+    rows += [
+        (layer, *(_mean(report[f"{n}/bits/{layer}"].text(1)) for n in mixed)) for layer in _layers(report, networks[0])
+    ]
     config = report.config
-    io = ("The rule assigns every layer." if config["io_bits"] is None else
-          f"First and last layer have {config['io_bits']} bits, outside the rule.")  # fmt: skip
-    text = [f"Weights and activations of a layer, means over seeds; k_init {config['initial_bits']}, k_min {config['least_bits']}. {io}"]
-    return Section("Bits by layer", text, rows, [("bits.png", "Bits by layer.")]) if mixed else Section("Bits by layer", text)
+    io = (
+        "The rule assigns every layer."
+        if config["io_bits"] is None
+        else f"First and last layer have {config['io_bits']} bits, outside the rule."
+    )
+    text = [
+        f"Weights and activations of a layer, means over seeds; k_init {config['initial_bits']}, k_min "
+        f"{config['least_bits']}. {io}"
+    ]
+    return (
+        Section("Bits by layer", text, rows, [("bits.png", "Bits by layer.")])
+        if mixed
+        else Section("Bits by layer", text)
+    )
 
 
 def _mean(text: str) -> str:
@@ -208,18 +287,46 @@ def _mean(text: str) -> str:
 
 
 def _cost(report: Report, networks: list[str]) -> Section:
-    rows = [("network", "mean bits by weights", "by MACs", "compression 32", "16", "8", "stored 32", "SP 16", "SP 8", "DG 16", "DG 8")]
+    rows = [
+        (
+            "network",
+            "mean bits by weights",
+            "by MACs",
+            "compression 32",
+            "16",
+            "8",
+            "stored 32",
+            "SP 16",
+            "SP 8",
+            "DG 16",
+            "DG 8",
+        )
+    ]
     for n in networks:
-        cells = [report[f"{n}/{name}"].text() for name in ("mean_bits_by_weights", "mean_bits_by_macs", "compression_32",
-                                                           "compression_16", "compression_8", "stored_compression_32")]  # fmt: skip
+        cells = [
+            report[f"{n}/{name}"].text()
+            for name in (
+                "mean_bits_by_weights",
+                "mean_bits_by_macs",
+                "compression_32",
+                "compression_16",
+                "compression_8",
+                "stored_compression_32",
+            )
+        ]
         gains = [f"efficiency_{mode}_{baseline}" for mode in MODES for baseline in (16, 8)]
         cells += [""] * 4 if n.startswith("float32") else [report[f"{n}/{gain}"].text() for gain in gains]
         rows.append((n, *cells))
-    labels = "; ".join(f"{short}: {MacEnergy(mode=mode, alpha=report.config['alpha']).label}" for mode, short in MODES.items())
+    labels = "; ".join(
+        f"{short}: {MacEnergy(mode=mode, alpha=report.config['alpha']).label}" for mode, short in MODES.items()
+    )
     text = [
-        "Compression of the weights against 32, 16 and 8 bits, by nominal widths; stored: as packed on disk, where a width lives "
-        "in the next of 1, 2, 4, 8, 16 bits. Efficiency: energy of the multiply-accumulates of the same network at 16 or 8 bits "
-        f"over its own. Energies are a model, not a measurement ({labels}); a width between 2, 4, 8 and 16 bits runs subword "
+        "Compression of the weights against 32, 16 and 8 bits, by nominal widths; stored: as packed on disk, "
+        "where a width lives "
+        "in the next of 1, 2, 4, 8, 16 bits. Efficiency: energy of the multiply-accumulates of the same "
+        "network at 16 or 8 bits "
+        f"over its own. Energies are a model, not a measurement ({labels}); a width between 2, 4, 8 and 16 "
+        "bits runs subword "
         "parallel at the next larger one. Memory access is not counted.",
     ]
     return Section("Compression and energy", text, rows)
@@ -230,12 +337,20 @@ def _sensitivity(report: Report, networks: list[str]) -> Section:
     shown = [n for n in networks if n in ("inverse", "proportional", "bits16", "bits8")] or networks[:1]
     rows = [("layer", "at assignment", *(f"{n}, end" for n in shown))]
     for layer in _layers(report, shown[0]):
-        rows.append((layer, report[f"{shown[0]}/ans_{eps}_at_assignment/{layer}"].text(3),
-                     *(report[f"{n}/ans_{eps}_at_end/{layer}"].text(3) for n in shown)))  # fmt: skip
+        rows.append(
+            (
+                layer,
+                report[f"{shown[0]}/ans_{eps}_at_assignment/{layer}"].text(3),
+                *(report[f"{n}/ans_{eps}_at_end/{layer}"].text(3) for n in shown),
+            )
+        )
     names = [f"{n} {report[f'{n}/ans_{eps}_rank_correlation'].text()}" for n in shown]
-    text = [f"Adversarial noise sensitivity, {report.config['ans_ratio']}, FGSM {eps}/255, {report.config['ans_images']} training "
-            "images. Whether an early answer holds: rank correlation (Spearman) of the layers between assignment and end: "
-            f"{'; '.join(names)}."]  # fmt: skip
+    text = [
+        f"Adversarial noise sensitivity, {report.config['ans_ratio']}, FGSM {eps}/255, "
+        f"{report.config['ans_images']} training "
+        "images. Whether an early answer holds: rank correlation (Spearman) of the layers between assignment and end: "
+        f"{'; '.join(names)}."
+    ]
     for other in others:
         across = report[f"{shown[0]}/ans_{eps}_against_{other}_rank_correlation"].text()
         text.append(f"Rank correlation between {eps}/255 and {other}/255 at assignment: {across}.")
@@ -251,10 +366,13 @@ def _method(report: Report) -> Section:
             + (f" ({config['train_images']:,} training images)" if config["train_images"] else "")
             + f", {config['epochs']} epochs, widths assigned after {config['initial_epochs']}"
             + (f", {config['rounds']} rounds" if config["rounds"] > 1 else "")
-            + f", seeds {', '.join(map(str, config['seeds']))}. All networks of a seed go on from the same first epochs, in which "
+            + f", seeds {', '.join(map(str, config['seeds']))}. All networks of a seed go on from the same first "
+            "epochs, in which "
             f"every layer has {config['initial_bits']} bits, with the same batches, momentum and learning rate.",
-            "Rules, ANS's normalisation, eps, k_init, k_min, the width of the first and last layer and the energy model are this "
-            "library's definitions: the paper's text was not at hand. Activation ranges are averages over training, frozen in "
+            "Rules, ANS's normalisation, eps, k_init, k_min, the width of the first and last layer and the "
+            "energy model are this "
+            "library's definitions: the paper's text was not at hand. Activation ranges are averages over "
+            "training, frozen in "
             "evaluation, so an attack cannot move them. The last epoch is reported.",
         ],
     )

@@ -34,9 +34,15 @@ def batch():
 def network() -> nn.Sequential:
     torch.manual_seed(5)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, bias=False), nn.ReLU(),
-        nn.Flatten(), nn.Linear(6, 4),
-    ).eval()  # fmt: skip
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    ).eval()
 
 
 def test_one_linear_layer_is_the_formula(batch):
@@ -44,7 +50,11 @@ def test_one_linear_layer_is_the_formula(batch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4, bias=False)).eval()
     weight, d = model[1].weight.detach().double(), (attacks.fgsm(model, x, y, 0.05) - x).flatten(1).double()
     moved, size = (d @ weight.T).norm(dim=1), (x.flatten(1).double() @ weight.T).norm(dim=1)
-    wanted = {"image": (moved / size).mean(), "unnormalised": moved.mean(), "batch": (moved.square().sum() / size.square().sum()).sqrt()}
+    wanted = {
+        "image": (moved / size).mean(),
+        "unnormalised": moved.mean(),
+        "batch": (moved.square().sum() / size.square().sum()).sqrt(),
+    }
     for ratio, value in wanted.items():
         found = noise_sensitivity(model, x, y, 0.05, ratio=ratio, batch_size=7)
         assert list(found) == ["1"] and found["1"] == pytest.approx(float(value), rel=1e-4)

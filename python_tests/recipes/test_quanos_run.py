@@ -39,8 +39,23 @@ NETWORKS = ("float32", "inverse", "iso_inverse", "inverse+fgsm")
 def run(tmp_path_factory):
     """The run folder of the smoke preset with some of its networks and seeds, run once for all tests."""
     out = tmp_path_factory.mktemp("quanos") / "run"
-    assert main(["run", "quanos", "--preset", "smoke", "--seeds", "[0,1]", "--networks", f"[{','.join(NETWORKS)}]", "--out",
-                 str(out)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "run",
+                "quanos",
+                "--preset",
+                "smoke",
+                "--seeds",
+                "[0,1]",
+                "--networks",
+                f"[{','.join(NETWORKS)}]",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -64,9 +79,16 @@ def trained(folder, bits):
 
 def test_the_folder_holds_what_a_run_promises(run):
     assert {file.name for file in run.iterdir()} == {
-        "config.yaml", "report.json", "report.md", "ans.png", "bits.png", "energy.png", "epsilon.png", "initial",
+        "config.yaml",
+        "report.json",
+        "report.md",
+        "ans.png",
+        "bits.png",
+        "energy.png",
+        "epsilon.png",
+        "initial",
         *NETWORKS,
-    }  # fmt: skip
+    }
     results = report.read(run).results
     assert {r.n for r in results} == {2} and {r.published for r in results} == {None}
     text = (run / "report.md").read_text()
@@ -83,8 +105,13 @@ def test_widths_follow_the_rule_and_the_recorded_sensitivity(run):
         for network in ("inverse", "inverse+fgsm"):
             bits = bits_of(run / f"{network}/seed-{seed}")
             assert bits == {**assign_bits(inner, "inverse"), names[0]: 16, names[-1]: 16}
-        weights = {n: m.weight.numel() for n, m in weight_layers(quanos.build(quanos.SMOKE, digits8("test"), 0)).items()}
-        memory = {n: sum(weights[k] * b for k, b in bits_of(run / f"{n}/seed-{seed}").items()) for n in ("inverse", "iso_inverse")}
+        weights = {
+            n: m.weight.numel() for n, m in weight_layers(quanos.build(quanos.SMOKE, digits8("test"), 0)).items()
+        }
+        memory = {
+            n: sum(weights[k] * b for k, b in bits_of(run / f"{n}/seed-{seed}").items())
+            for n in ("inverse", "iso_inverse")
+        }
         assert 0 <= memory["inverse"] - memory["iso_inverse"] < max(weights.values())
         assert bits_of(run / f"float32/seed-{seed}") is None
 
@@ -158,12 +185,25 @@ def test_what_shows_at_this_scale(run):
 
 def test_killed_and_run_again_is_undisturbed(run, tmp_path):
     """Killed in a network with widths: the same command finds them again and ends with the same figures."""
-    arguments = ["run", "quanos", "--preset", "smoke", "--seeds", "[0]", "--networks", "[float32,inverse]", "--out", str(tmp_path)]
+    arguments = [
+        "run",
+        "quanos",
+        "--preset",
+        "smoke",
+        "--seeds",
+        "[0]",
+        "--networks",
+        "[float32,inverse]",
+        "--out",
+        str(tmp_path),
+    ]
     path = os.pathsep.join([str(Path(pyaccel.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        [sys.executable, "-m", "pyaccel", *arguments], stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "pyaccel", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     with process:
         for line in process.stderr:
             if line.startswith("inverse, seed 0: epoch 1/"):
@@ -187,10 +227,40 @@ def test_networks_of_the_paper_with_two_rounds_on_the_layout_of_cifar10(tmp_path
         records = noise.integers(0, 256, (12, 3073), dtype=np.uint8)
         records[:, 0] %= 10
         records.tofile(data / name)
-    arguments = ["run", "quanos", "--data", str(data), "--model", model, "--width", "0.125", "--epochs", "3", "--rounds", "2",
-                 "--batch_size", "20", "--networks", "[float32,inverse+pgd]", "--seeds", "[0]", "--ans_images", "20",
-                 "--attack_images", "8", "--pgd_steps", "2", "--train_steps", "2", "--lr", "0.01", "--io_bits", "null",
-                 "--out", str(tmp_path / "run")]  # fmt: skip
+    arguments = [
+        "run",
+        "quanos",
+        "--data",
+        str(data),
+        "--model",
+        model,
+        "--width",
+        "0.125",
+        "--epochs",
+        "3",
+        "--rounds",
+        "2",
+        "--batch_size",
+        "20",
+        "--networks",
+        "[float32,inverse+pgd]",
+        "--seeds",
+        "[0]",
+        "--ans_images",
+        "20",
+        "--attack_images",
+        "8",
+        "--pgd_steps",
+        "2",
+        "--train_steps",
+        "2",
+        "--lr",
+        "0.01",
+        "--io_bits",
+        "null",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(arguments) == 0
     found = report.read(tmp_path / "run")
     first, second = (bits_of_row(tmp_path / "run", part) for part in ("initial", "inverse+pgd/round-1"))
