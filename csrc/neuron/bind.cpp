@@ -5,7 +5,7 @@
 #include <array>
 #include <cmath>
 
-#include "../core/tensor.h"
+#include "../core/dispatch.h"
 #include "kernels_cpu.h"
 #ifdef PYACCEL_CUDA
 #include "neuron_cuda.h"
@@ -33,6 +33,12 @@ Neuron neuron_of(const Options& o) {
   return n;
 }
 
+// [rows, ...]: one gap-free row behind the other.
+bool rows_outermost(const Tensor& t) {
+  const int64_t rows = t.shape[0], values = t.size();
+  return is_dense(t, 1) && (rows <= 1 || values == 0 || t.strides[0] == values / rows);
+}
+
 struct Call {
   const char* op;
   const Tensor& current;
@@ -40,8 +46,7 @@ struct Call {
 
   Call(const char* op, const Tensor& current) : op(op), current(current), state(state_of(current.dtype)) {
     if (!current || current.ndim < 1 || !is_floating(current.dtype)) refuse(op, "current", "a floating tensor [T, ...]", current);
-    if (!is_dense(current, 1) || (current.shape[0] > 1 && current.size() > 0 && current.strides[0] != current.size() / current.shape[0]))
-      refuse(op, "current", "dense with time outermost", current);
+    if (!rows_outermost(current)) refuse(op, "current", "dense with time outermost", current);
   }
   // A tensor like `current`, one step of it in the state type, or a contiguous one; null where absent.
   void* sequence(const char* name, const Tensor& t) const {
@@ -120,40 +125,48 @@ BnttShape bntt_shape(const Call& call) {
   return s;
 }
 
-#ifdef PYACCEL_CUDA
-#define PYACCEL_ON(tensor, function, ...)                                                        \
-  if ((tensor).on_cuda()) {                                                                      \
-    void* stream = current_stream(tensor);                                                       \
-    py::gil_scoped_release release;                                                              \
-    cuda::function(__VA_ARGS__, (tensor).device.id, stream);                                     \
-    return;                                                                                      \
-  }
-#else
-#define PYACCEL_ON(tensor, function, ...) \
-  if ((tensor).on_cuda()) throw std::runtime_error("this build of pyaccel has no CUDA kernels (see python -m pyaccel doctor)");
-#endif
-#define PYACCEL_RUN(function, parameters) \
-  {                                       \
-    py::gil_scoped_release release;       \
-    PYACCEL_CALL(function(parameters));   \
-  }
-
-void lif_forward(const Tensor& current, const Tensor& membrane, const Tensor& leak, const Tensor& threshold, const Options& options,
-                 int64_t every, bool packed, const Tensor& spikes, const Tensor& membrane_out, const Tensor& checkpoints) {
-  const Call call("lif", current);
-  LifForward f{neuron_of(options), sequence_of(call, leak, threshold)};
+// What forward and backward of LIF are given alike.
+template <class F>
+F lif_of(const Call& call, const Tensor& membrane, const Tensor& leak, const Tensor& threshold, const Options& options, int64_t every,
+         const Tensor& checkpoints) {
+  F f{neuron_of(options), sequence_of(call, leak, threshold)};
   set_parameter(call, "leak", leak, f.sequence.channels, f.neuron.leak);
   set_parameter(call, "threshold", threshold, f.sequence.channels, f.neuron.threshold);
-  f.current = current.data;
+  f.current = call.current.data;
   f.membrane = call.step("membrane", membrane);
-  f.packed = packed;
-  f.spikes = call.spikes(spikes, packed);
-  f.membrane_out = call.must("membrane_out", call.step("membrane_out", membrane_out), membrane_out);
   if (every > 0) {
     f.checkpoint_every = every;
     const int64_t kept = f.sequence.steps > 0 ? (f.sequence.steps - 1) / every : 0;
     f.checkpoints = call.must("checkpoints", call.plain("checkpoints", checkpoints, {kept, f.sequence.neurons}), checkpoints);
   }
+  return f;
+}
+
+// And of BNTT.
+template <class F>
+F bntt_of(const Call& call, const Tensor& weight, const Tensor& membrane, const Tensor& leak, const Tensor& threshold, const Options& options,
+          double eps, bool batch_statistics, const Tensor& mean, const Tensor& var) {
+  F f{neuron_of(options), bntt_shape(call)};
+  const auto grid = {f.shape.steps, f.shape.channels};
+  set_parameter(call, "leak", leak, f.shape.channels, f.neuron.leak);
+  set_parameter(call, "threshold", threshold, f.shape.channels, f.neuron.threshold);
+  f.eps = eps;
+  f.current = call.current.data;
+  f.weight = call.must("weight", call.plain("weight", weight, grid), weight);
+  f.membrane = call.step("membrane", membrane);
+  f.batch_statistics = batch_statistics;
+  f.mean = call.must("mean", call.plain("mean", mean, grid), mean);
+  f.var = call.must("var", call.plain("var", var, grid), var);
+  return f;
+}
+
+void lif_forward(const Tensor& current, const Tensor& membrane, const Tensor& leak, const Tensor& threshold, const Options& options,
+                 int64_t every, bool packed, const Tensor& spikes, const Tensor& membrane_out, const Tensor& checkpoints) {
+  const Call call("lif", current);
+  auto f = lif_of<LifForward>(call, membrane, leak, threshold, options, every, checkpoints);
+  f.packed = packed;
+  f.spikes = call.spikes(spikes, packed);
+  f.membrane_out = call.must("membrane_out", call.step("membrane_out", membrane_out), membrane_out);
   if (f.sequence.neurons == 0) return;
   PYACCEL_ON(current, lif_forward, f)
   PYACCEL_RUN(lif_forward, f)
@@ -163,22 +176,13 @@ void lif_backward(const Tensor& current, const Tensor& membrane, const Tensor& l
                   int64_t every, const Tensor& checkpoints, const Tensor& grad_spikes, const Tensor& grad_membrane,
                   const Tensor& grad_current, const Tensor& grad_membrane_in, const Tensor& grad_leak, const Tensor& grad_threshold) {
   const Call call("lif_backward", current);
-  LifBackward f{neuron_of(options), sequence_of(call, leak, threshold)};
-  set_parameter(call, "leak", leak, f.sequence.channels, f.neuron.leak);
-  set_parameter(call, "threshold", threshold, f.sequence.channels, f.neuron.threshold);
-  f.current = current.data;
-  f.membrane = call.step("membrane", membrane);
+  auto f = lif_of<LifBackward>(call, membrane, leak, threshold, options, every, checkpoints);
   f.grad_spikes = call.sequence("grad_spikes", grad_spikes);
   f.grad_membrane = call.step("grad_membrane", grad_membrane);
   f.grad_current = call.must("grad_current", call.sequence("grad_current", grad_current), grad_current);
   f.grad_membrane_in = call.step("grad_membrane_in", grad_membrane_in);
   f.grad_leak = call.step("grad_leak", grad_leak);
   f.grad_threshold = call.step("grad_threshold", grad_threshold);
-  if (every > 0) {
-    f.checkpoint_every = every;
-    const int64_t kept = f.sequence.steps > 0 ? (f.sequence.steps - 1) / every : 0;
-    f.checkpoints = call.must("checkpoints", call.plain("checkpoints", checkpoints, {kept, f.sequence.neurons}), checkpoints);
-  }
   if (f.sequence.neurons == 0) return;
   PYACCEL_ON(current, lif_backward, f)
   PYACCEL_RUN(lif_backward, f)
@@ -210,17 +214,7 @@ void bntt_forward(const Tensor& current, const Tensor& weight, const Tensor& mem
                   const Options& options, double eps, bool batch_statistics, bool packed, const Tensor& mean, const Tensor& var,
                   const Tensor& spikes, const Tensor& membrane_out, const Tensor& scratch) {
   const Call call("bntt_lif", current);
-  BnttForward f{neuron_of(options), bntt_shape(call)};
-  const auto grid = {f.shape.steps, f.shape.channels};
-  set_parameter(call, "leak", leak, f.shape.channels, f.neuron.leak);
-  set_parameter(call, "threshold", threshold, f.shape.channels, f.neuron.threshold);
-  f.eps = eps;
-  f.current = current.data;
-  f.weight = call.must("weight", call.plain("weight", weight, grid), weight);
-  f.membrane = call.step("membrane", membrane);
-  f.batch_statistics = batch_statistics;
-  f.mean = call.must("mean", call.plain("mean", mean, grid), mean);
-  f.var = call.must("var", call.plain("var", var, grid), var);
+  auto f = bntt_of<BnttForward>(call, weight, membrane, leak, threshold, options, eps, batch_statistics, mean, var);
   f.packed = packed;
   if (packed && !packs_in_place(f.shape)) refuse(call.op, "current", "of whole bytes a channel for packed spikes", current);
   f.spikes = call.spikes(spikes, packed);
@@ -237,17 +231,7 @@ void bntt_backward(const Tensor& current, const Tensor& weight, const Tensor& me
                    const Tensor& grad_current, const Tensor& grad_weight, const Tensor& grad_membrane_in, const Tensor& grad_leak,
                    const Tensor& grad_threshold, const Tensor& scratch) {
   const Call call("bntt_lif_backward", current);
-  BnttBackward f{neuron_of(options), bntt_shape(call)};
-  const auto grid = {f.shape.steps, f.shape.channels};
-  set_parameter(call, "leak", leak, f.shape.channels, f.neuron.leak);
-  set_parameter(call, "threshold", threshold, f.shape.channels, f.neuron.threshold);
-  f.eps = eps;
-  f.current = current.data;
-  f.weight = call.must("weight", call.plain("weight", weight, grid), weight);
-  f.membrane = call.step("membrane", membrane);
-  f.batch_statistics = batch_statistics;
-  f.mean = call.must("mean", call.plain("mean", mean, grid), mean);
-  f.var = call.must("var", call.plain("var", var, grid), var);
+  auto f = bntt_of<BnttBackward>(call, weight, membrane, leak, threshold, options, eps, batch_statistics, mean, var);
   f.grad_spikes = call.sequence("grad_spikes", grad_spikes);
   f.grad_membrane = call.step("grad_membrane", grad_membrane);
   f.phase = static_cast<BnttPhase>(phase);
@@ -256,7 +240,7 @@ void bntt_backward(const Tensor& current, const Tensor& weight, const Tensor& me
   f.count = count;
   f.grad_current = call.sequence("grad_current", grad_current);
   if (f.phase != BnttPhase::sums_only) call.must("grad_current", f.grad_current, grad_current);
-  f.grad_weight = call.plain("grad_weight", grad_weight, grid);
+  f.grad_weight = call.plain("grad_weight", grad_weight, {f.shape.steps, f.shape.channels});
   f.grad_membrane_in = call.step("grad_membrane_in", grad_membrane_in);
   f.grad_leak = call.plain("grad_leak", grad_leak, {f.shape.channels});
   f.grad_threshold = call.plain("grad_threshold", grad_threshold, {f.shape.channels});
@@ -340,7 +324,7 @@ void stdb_backward(const Tensor& grad_current, const Tensor& since, const Tensor
 Planes planes_of(const char* op, const Tensor& spikes, const Tensor& packed, int planes) {
   if (!spikes || spikes.ndim < 1 || !is_floating(spikes.dtype)) refuse(op, "spikes", "a floating tensor [rows, ...]", spikes);
   const int64_t rows = spikes.shape[0], length = rows > 0 ? spikes.size() / rows : 0;
-  if (!is_dense(spikes, 1) || (rows > 1 && length > 0 && spikes.strides[0] != length)) refuse(op, "spikes", "dense with rows outermost", spikes);
+  if (!rows_outermost(spikes)) refuse(op, "spikes", "dense with rows outermost", spikes);
   if (planes < 1 || planes > 4) throw py::value_error(std::string(op) + ": planes must be 1..4, got " + std::to_string(planes));
   Planes f{spikes.dtype, planes, rows, length};
   contiguous(op, "packed", required(op, "packed", packed, Dtype::u8, spikes), {planes, rows, (length + 7) / 8});

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "../core/tensor.h"
+#include "../core/dispatch.h"
 #include "kernels_cpu.h"
 #ifdef PYACCEL_CUDA
 #include "sram_cuda.h"
@@ -51,24 +51,6 @@ const Tensor& row_major(const char* op, const char* name, const Tensor& t) {
     if (t.shape[d] > 1 && t.strides[d] != stride) refuse(op, name, "contiguous", t);
   return t;
 }
-
-#ifdef PYACCEL_CUDA
-#define PYACCEL_ON(tensor, function, ...)                 \
-  if ((tensor).on_cuda()) {                               \
-    void* stream_of = current_stream(tensor);             \
-    py::gil_scoped_release release;                       \
-    cuda::function(__VA_ARGS__, (tensor).device.id, stream_of); \
-    return;                                               \
-  }
-#else
-#define PYACCEL_ON(tensor, function, ...) \
-  if ((tensor).on_cuda()) throw std::runtime_error("this build of pyaccel has no CUDA kernels (see python -m pyaccel doctor)");
-#endif
-#define PYACCEL_RUN(function, parameters) \
-  {                                       \
-    py::gil_scoped_release release;       \
-    PYACCEL_CALL(function(parameters));   \
-  }
 
 void flip_words(const Tensor& in, const Tensor& out, const Plan& plan, int64_t seed, int64_t stream, int64_t first_word, bool stuck) {
   const char* op = "flip_bits";
