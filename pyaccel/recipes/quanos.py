@@ -126,13 +126,14 @@ DESK = replace(
     width=0.1875,
     train_images=4_000,
     watch_images=500,
-    epochs=6,
+    epochs=5,
     batch_size=64,
+    lr=0.05,
     initial_epochs=1,
     pgd_steps=7,
     attack_images=150,
     seeds=(0, 1),
-    networks=("float32", "bits8", "inverse", "proportional", "iso_inverse", "bits8+fgsm", "inverse+fgsm"),
+    networks=("float32", "bits8", "inverse", "proportional", "iso_inverse"),
 )
 DESK_DIGITS = replace(DESK, model="vgg5", train_images=None, crop_padding=0, flip=False)
 SMOKE = replace(
@@ -141,6 +142,7 @@ SMOKE = replace(
     data="digits8",
     width=0.125,
     epochs=3,
+    lr=0.1,
     fgsm_eps=(8.0, 32.0),
     pgd_eps=(32.0,),
     ans_eps=(32.0, 64.0),
@@ -306,14 +308,16 @@ class Start:
         until: int,
         loss=None,
     ) -> list[dict]:
-        """Epochs `done` to `until` of the schedule. ANS goes into the rows, which outlive a kill: after each epoch at
-        the eps that decides, at the others where widths are assigned and at the end."""
+        """Epochs `done` to `until` of the schedule. ANS goes into the rows, which outlive a kill: where widths are
+        assigned and at the end, and of the first epochs and the rules' networks also after each epoch, at the eps that
+        decides."""
         config, part = self.config, f"{folder}/seed-{self.seed}"
         drops = [epoch - done for epoch in milestones(config.epochs) if epoch > done]
 
         def note(trainer, row: dict) -> None:
             whole = done + trainer.epoch in (*config.assignments, config.epochs)
-            for eps in config.ans_eps if whole else config.ans_eps[:1]:
+            watched = name == "initial" or name in RULES
+            for eps in config.ans_eps if whole else config.ans_eps[:watched]:
                 found = noise_sensitivity(
                     model, *self.probe, eps * PIXEL, ratio=config.ans_ratio, batch_size=config.batch_size
                 )

@@ -60,8 +60,10 @@ def sensitivity(config: Config, measured: Runs, path: Path) -> None:
     with _figure(path, 1, (max(5.5, 0.5 * len(labels) + 2), 3.8)) as (_, (axis,)):
         from matplotlib import colormaps
 
-        for i in sorted({round(i * (len(epochs) - 1) / 7) for i in range(8)} | {config.initial_epochs - 1}):
-            decided = i == config.initial_epochs - 1
+        known = [i for i, found in enumerate(epochs) if found]
+        chosen = {known[round(i * (len(known) - 1) / 7)] for i in range(8)} | {config.assignments[-1] - 1}
+        for i in sorted(chosen):
+            decided = i == config.assignments[-1] - 1
             axis.plot(
                 range(len(epochs[i])),
                 list(epochs[i].values()),
