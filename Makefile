@@ -16,8 +16,10 @@ SOURCES := $(shell find csrc pyaccel -name '*.py' -o -name '*.pyi' -o -name '*.h
 demo: $(VENV)/installed
 	$(VENV)/bin/pyaccel run bntt --preset desk --data digits --out demo-run
 
+# Each test runs on one thread, so the files are spread over the cores; `pytest` alone runs them one after the other.
+SPREAD := -n auto --maxprocesses 8 --dist loadfile
 test: $(VENV)/installed
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(SPREAD)
 
 bench: $(VENV)/installed
 	$(VENV)/bin/pyaccel bench neuron
@@ -46,7 +48,7 @@ sanitize: $(VENV)/installed
 		-DPYACCEL_SANITIZE=ON -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZED)/pyaccel) > build/sanitize/configure.log
 	PATH=$(abspath $(VENV)/bin):$$PATH cmake --build build/sanitize/tree
 	PYTHONPATH=$(abspath $(SANITIZED)) LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(VENV)/bin/pytest $(addprefix python_tests/ops/test_,$(addsuffix .py,$(SANITIZED_TESTS)))
+		$(VENV)/bin/pytest $(SPREAD) $(addprefix python_tests/ops/test_,$(addsuffix .py,$(SANITIZED_TESTS)))
 
 clean:
 	rm -rf build $(VENV) demo-run

@@ -204,7 +204,7 @@ def test_npz_with_splits(tmp_path):
 @pytest.mark.parametrize(("shape", "channels_first"), [
     ((6, 3, 32, 32), lambda x: x), ((6, 32, 32, 3), lambda x: x.transpose(0, 3, 1, 2)),
     ((6, 1, 8, 9), lambda x: x), ((6, 8, 9, 1), lambda x: x.transpose(0, 3, 1, 2)),
-    ((6, 3, 5), lambda x: x[:, None]), ((6, 8, 3), lambda x: x[:, None])], ids=str)
+    ((6, 3, 5), lambda x: x[:, None]), ((6, 8, 3), lambda x: x[:, None])], ids=range(6))
 def test_npz_orders_of_axes(tmp_path, shape, channels_first):
     pixels = rng.integers(0, 256, shape, dtype=np.uint8)
     np.savez(tmp_path / "set.npz", images=pixels, labels=LABELS.astype(np.int16), classes=[f"c{i}" for i in range(10)])
