@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from pyaccel import attacks
 from pyaccel.models import SpikingLayer, SpikingNetwork
 from pyaccel.models.spiking import BalancedLIF
-from pyaccel.nn import LIF, STDBLIF, PoissonEncoder
+from pyaccel.nn import STDBLIF, PoissonEncoder
+from pyaccel.nn.state import Stateful
 from pyaccel.surgery.converted import ConvertedNetwork
 from pyaccel.surgery.streaming import chunks, first_step, streaming
 
@@ -154,7 +155,7 @@ class SpikingTarget:
             (of_sums,) = torch.autograd.grad(value, total)
             summed, later = 0.0, None
             for (first, count), border in zip(reversed(pieces), reversed(borders), strict=True):
-                leaves = _set_states(self.network, border)
+                leaves = _set_states(self.network, first, border)
                 with _Source(self.network, x) as source:
                     sums = self._sums(source.images, ids, first, count)
                     ends = [] if later is None else [m for m in _membranes(self.network) if m is not None]
@@ -221,38 +222,40 @@ def first_synapse(network: Network) -> nn.Module | None:
 
 
 @contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """Parameters want no gradient inside: layers then keep none of the spikes that they read."""
-    wanted = [p for p in network.parameters() if p.requires_grad]
+def _frozen(network: Network) -> Iterator[None]:
+    """Parameters want no gradient inside: layers then keep none of the spikes that they read. And nothing is computed
+    again by activation checkpointing, which saves what this module does not keep."""
     with ExitStack() as stack:
-        for parameter in wanted:
+        for parameter in (p for p in network.parameters() if p.requires_grad):
             parameter.requires_grad_(False)
             stack.callback(parameter.requires_grad_, True)
+        for name, nothing in (("recompute_layers", False), ("recompute_steps", None)):
+            if hasattr(network, name):
+                stack.callback(setattr, network, name, getattr(network, name))
+                setattr(network, name, nothing)
         yield
 
 
-def _neurons(network: nn.Module) -> list[nn.Module]:
-    return [m for m in network.modules() if isinstance(m, (LIF, STDBLIF))]
+def _neurons(network: nn.Module) -> list[Stateful]:
+    return [m for m in network.modules() if isinstance(m, Stateful)]
 
 
-def _states(network: nn.Module) -> list:
-    return [n.state if isinstance(n, STDBLIF) else n.membrane for n in _neurons(network)]
+def _states(network: nn.Module) -> list[tuple[Tensor | None, ...]]:
+    return [n.carried_state() for n in _neurons(network)]
 
 
 def _membranes(network: nn.Module) -> list[Tensor | None]:
-    return [s[0] if isinstance(s, tuple) else s for s in _states(network)]
+    return [n.membrane for n in _neurons(network)]
 
 
-def _set_states(network: nn.Module, states: list) -> list[Tensor]:
-    """Start from these states; returns their membranes, which gradients may now be asked of."""
+def _set_states(network: nn.Module, first: int, states: list[tuple[Tensor | None, ...]]) -> list[Tensor]:
+    """Start step `first` from these states; returns their membranes, which gradients may now be asked of."""
     leaves = []
-    for neuron, state in zip(_neurons(network), states, strict=True):
-        if isinstance(neuron, STDBLIF):
-            neuron.state = None if state is None else (state[0].detach().requires_grad_(), state[1])
-            leaves += [] if state is None else [neuron.state[0]]
-        else:
-            neuron.membrane = None if state is None else state.detach().requires_grad_()
-            leaves += [] if state is None else [neuron.membrane]
+    for neuron, (membrane, *rest) in zip(_neurons(network), states, strict=True):
+        neuron.reset_state()
+        if membrane is not None:
+            leaves.append(membrane.detach().requires_grad_())
+            neuron.carry(first, leaves[-1], *rest)
     return leaves
 
 

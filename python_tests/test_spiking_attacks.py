@@ -80,7 +80,7 @@ def test_one_convolution_of_the_sum_is_autograd_through_every_step(kind, seed):
     torch.testing.assert_close(value, loss)
 
 
-@pytest.mark.parametrize("kind", ["vgg", "stdb", "resnet", "mlp"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [dict(images_at_once=1), dict(images_at_once=2), dict(steps_at_once=5),
 dict(steps_at_once=1),
                                      dict(steps_at_once=4, images_at_once=2)], ids=str)  # fmt: skip
@@ -93,9 +93,7 @@ def test_pieces_of_batch_and_time_change_nothing(kind, options):
     torch.testing.assert_close(part, value)
     whole = SpikingTarget(network, MEAN, STD)(images)
     torch.testing.assert_close(SpikingTarget(network, MEAN, STD, **options)(images), whole)
-    assert all(
-        n.membrane is None if hasattr(n, "membrane") else n.state is None for n in spiking_attacks._neurons(network)
-    )
+    assert all(n.membrane is None and not n.stateful for n in spiking_attacks._neurons(network))
 
 
 def eager(network):
@@ -294,6 +292,14 @@ def test_refusals():
         spiking_attacks.fgsm(SpikingTarget(network.train()), images, labels, 0.1)
     with pytest.raises(ValueError, match="training mode"):
         SpikingTarget(network)(images)
-    bntt, images, labels = build("bntt")
-    with pytest.raises(ValueError, match="BNTT"):
-        SpikingTarget(bntt, steps_at_once=3).loss_and_gradient(images, labels)
+
+
+def test_networks_that_checkpoint_their_activations_are_attacked_as_others():
+    network, images, labels = build("bntt")
+    expected = SpikingTarget(network).loss_and_gradient(images, labels)[1]
+    for name, value in (("recompute_layers", True), ("recompute_steps", 4)):
+        before = getattr(network, name)
+        setattr(network, name, value)
+        assert torch.equal(SpikingTarget(network).loss_and_gradient(images, labels)[1], expected)
+        assert getattr(network, name) == value
+        setattr(network, name, before)

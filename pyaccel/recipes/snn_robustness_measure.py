@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pyaccel import attacks, models, spiking_attacks
+from pyaccel import attacks, spiking_attacks
 from pyaccel.data import Batch
 from pyaccel.recipes.classifier import Images, Normalised, device_of, plain_batches, say
 from pyaccel.spiking_attacks import SpikingTarget, with_surrogate
@@ -31,10 +31,7 @@ class Bench:
         """What attacks differentiate: the network with its normalisation, fresh noise at each pass if it is spiking."""
         if not hasattr(network, "encoder"):
             return Normalised(network, self.config.mean, self.config.std).to(device_of(self.config)).eval()
-        bntt = isinstance(network, models.SpikingNetwork)
-        pieces = dict(
-            images_at_once=self.config.images_at_once, steps_at_once=None if bntt else self.config.steps_at_once
-        )
+        pieces = dict(images_at_once=self.config.images_at_once, steps_at_once=self.config.steps_at_once)
         return SpikingTarget(network, self.config.mean, self.config.std, **pieces | options)
 
     def fgsm(self, network: nn.Module, eps: float) -> Attack:

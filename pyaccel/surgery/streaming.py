@@ -8,20 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pyaccel.nn import BNTTLIF, LIF, STDBLIF, PoissonEncoder
+from pyaccel.nn import PoissonEncoder
+from pyaccel.nn.state import Stateful
 
 
 @contextmanager
 def streaming(network: nn.Module) -> Iterator[None]:
     """Inside, the neurons of `network` carry their state from call to call, starting from none; evaluation mode.
 
-    ValueError for neurons whose parameters belong to a time step (BNTT), which a later chunk would start over.
+    Networks with normalisation through time go on at the step where the last call ended, up to the T of their training.
     """
-    neurons = [m for m in network.modules() if isinstance(m, (LIF, STDBLIF))]
-    if any(isinstance(m, BNTTLIF) for m in network.modules()):
-        raise ValueError(
-            "streaming: BNTT has statistics of the first T steps and no later ones; run its T steps at once"
-        )
+    neurons = [m for m in network.modules() if isinstance(m, Stateful)]
     modes = [(m, m.training) for m in network.modules()]
     before = [m.stateful for m in neurons]
     network.eval()
@@ -74,7 +71,7 @@ def stream_logits(
     In evaluation mode, without gradients.
 
     Args:
-        network: a `ConvertedNetwork` or a `SpikingNetwork` without normalisation through time.
+        network: a `ConvertedNetwork` or a `SpikingNetwork`; with BNTT for no more steps than it was trained for.
         steps: T; None: the network's own, or the last of `at`. At most 65,536.
         at: after how many steps to take the logits, increasing.
         chunk: steps at a time.

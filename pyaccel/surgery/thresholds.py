@@ -117,6 +117,8 @@ def _run(snn: nn.Module, batch: tuple[Tensor, Tensor | None], steps: int) -> Non
 def _neurons_in_order(snn: nn.Module, batch: tuple[Tensor, Tensor | None]) -> dict[str, nn.Module]:
     """The layers of neurons in the order in which one step of one image runs through them."""
     named = {m: name for name, m in snn.named_modules() if isinstance(m, (LIF, STDBLIF, BNTTLIF))}
+    if any(isinstance(m, BNTTLIF) for m in named):
+        raise ValueError("balance_thresholds: BNTT normalises what its neurons get, so there is nothing to balance")
     order: dict[str, nn.Module] = {}
 
     def note(module: nn.Module, *_) -> None:

@@ -126,7 +126,7 @@ def test_refusals_of_balancing():
             surgery.balance_thresholds(snn, [images], **options)
     with pytest.raises(ValueError, match="at least one batch"):
         surgery.balance_thresholds(snn, [])
-    with pytest.raises(ValueError, match="BNTT has statistics of the first T steps"):
+    with pytest.raises(ValueError, match="BNTT normalises what its neurons get"):
         surgery.balance_thresholds(models.build("vgg9_bntt", classes=10, width=0.1), [images])
 
 
@@ -184,8 +184,21 @@ def test_refusals_of_streaming():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=text):
             surgery.stream_logits(snn, images, **options)
-    with pytest.raises(ValueError, match="BNTT"), surgery.streaming(BNTTLIF(3, 4)):
-        pass
+    bntt = models.build("vgg5", classes=10, spiking=True, width=0.1, steps=6)
+    with pytest.raises(ValueError, match="6 steps"):
+        surgery.stream_logits(bntt, images, steps=7, chunk=3)
+
+
+def test_a_bntt_network_streams_up_to_its_steps():
+    bntt, images = models.build("vgg5", classes=10, spiking=True, width=0.1, steps=6), network()[1]
+    for module in bntt.modules():
+        if isinstance(module, BNTTLIF):
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)  # other ones at each step
+    with torch.no_grad():
+        expected = bntt.eval().step_logits(images)
+    found = surgery.stream_logits(bntt, images, at=(2, 5, 6), chunk=4)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected[[1, 4, 5]], rtol=1e-5, atol=1e-6)
 
 
 class Peak(TorchDispatchMode):
