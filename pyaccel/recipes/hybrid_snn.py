@@ -69,7 +69,8 @@ DESK = replace(
     tune_images=2_000,
 )  # fmt: skip
 DESK_DIGITS = replace(
-    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, width=0.125, tune_epochs=3, tune_images=None
+    DESK, train_images=None, mean=None, std=None, crop_padding=0, flip=False, width=0.125, tune_epochs=3,
+    tune_images=None,
 )  # fmt: skip
 SMOKE = replace(
     DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, dropout=(0.0, 0.1), epochs=15, batch_size=32,

@@ -58,8 +58,8 @@ def test_converted_networks_are_those_that_the_library_builds(name, neuron):
 
 
 @pytest.mark.parametrize("name, layers", [
-    ("vgg5_hybrid", 5), ("vgg9_hybrid", 9), ("vgg11_hybrid", 11), ("vgg16_hybrid", 15), ("vgg5_robust", 5), ("resnet12", 11),
-    ("resnet20", 19), ("resnet34_cifar", 33),
+    ("vgg5_hybrid", 5), ("vgg9_hybrid", 9), ("vgg11_hybrid", 11), ("vgg16_hybrid", 15), ("vgg5_robust", 5),
+    ("resnet12", 11), ("resnet20", 19), ("resnet34_cifar", 33),
 ])  # fmt: skip
 @pytest.mark.parametrize("side", [32, 64])
 def test_every_network_of_the_kind_converts(name, layers, side):
