@@ -36,7 +36,7 @@ def test_every_field_of_a_recipe_is_a_flag(recipe):
     found = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
     fields = {f"--{field.name}" for field in dataclasses.fields(recipes.find(recipe).load().Config)}
     assert found == fields | {"--config", "--help", "--out", "--print_config", "--resume"}
-    undocumented = [action.dest for action in parser._actions if f"--{action.dest}" in fields and not action.help.strip()]
+    undocumented = [action.dest for action in parser._actions if f"--{action.dest}" in fields and not (action.help or "").strip()]
     assert undocumented == []
 
 

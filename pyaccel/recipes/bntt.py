@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from pyaccel import models
 from pyaccel.data import Batch, Batches, EventFolder, open_events
 from pyaccel.data.events import BINNINGS
-from pyaccel.data.images import ImageSet
-from pyaccel.data.source import PACKAGED
 from pyaccel.nn import BNTTLIF
 from pyaccel.recipes import plots
 from pyaccel.recipes.activity import Activity, LayerActivity
@@ -29,9 +27,11 @@ from pyaccel.recipes.classifier import (
     Images,
     check_choices,
     check_fields,
+    choose_preset,
     chosen,
     cross_entropy,
     device_of,
+    is_cifar10,
     open_data,
     plain_batches,
     say,
@@ -118,13 +118,7 @@ PRESETS = {config.preset: config for config in (SMOKE, DESK, PAPER, EVENTS, TINY
 
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    source = data or config.data or os.environ.get("PYACCEL_DATA")
-    if name == "desk" and source in PACKAGED:
-        config = DESK_DIGITS
-    return replace(config, data=data or config.data)
+    return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
 
 
 def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:
@@ -327,15 +321,3 @@ def departures(config: Config, train: Images | EventFolder, test: Images | Event
         if any(getattr(config, name) != getattr(PAPER, name) for name in names)
     ]  # fmt: skip
     return found + ([] if is_cifar10(train, test) else ["data set"])
-
-
-def is_cifar10(train: Images | EventFolder, test: Images | EventFolder) -> bool:
-    """Whether these are CIFAR-10's original images, by sizes and deviations of channels, which JPEG copies change."""
-    if not isinstance(train, ImageSet) or (len(train), len(test), train.shape) != (50_000, 10_000, (3, 32, 32)):
-        return False
-    found = []
-    for channel in train.images.unbind(1):
-        shares = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        values = torch.arange(256, dtype=torch.float64) / 255
-        found.append(float(((values - (shares * values).sum()) ** 2 * shares).sum().sqrt()))
-    return all(abs(f - known) < 5e-4 for f, known in zip(found, (0.2470, 0.2435, 0.2616), strict=True))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyaccel.data import CIFAR_MEAN, CIFAR_STD, Augment, Batch, Batches, epoch_order, open_images
 from pyaccel.data.images import ImageFolder, ImageSet
+from pyaccel.data.source import PACKAGED
 from pyaccel.nn import convert_sync_bntt
 from pyaccel.training import History, Trainer, accuracy, distributed
 
@@ -84,6 +85,20 @@ class ClassifierConfig:
     device: str = "auto"
 
 
+C = TypeVar("C", bound=ClassifierConfig)
+
+
+def choose_preset(presets: Mapping[str, C], name: str, data: str | None, *, desk_digits: C | None = None) -> C:
+    """The configuration `name` of `presets`, for `data`. desk_digits: what "desk" means for the packaged digits."""
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}; known are {', '.join(presets)}")
+    config = presets[name]
+    source = data or config.data or os.environ.get("PYACCEL_DATA")
+    if name == "desk" and source in PACKAGED and desk_digits is not None:
+        config = desk_digits
+    return replace(config, data=data or config.data)
+
+
 def device_of(config: ClassifierConfig) -> torch.device:
     """The device that `config.device` names; of several processes, each has its own GPU."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,6 +161,18 @@ def open_data(config: ClassifierConfig, recipe: str, data_set: str = "CIFAR-10")
 def chosen(images: Images, count: int | None) -> Images:
     """`count` images, a fair sample also of a set that is sorted by class; always the same ones."""
     return images if count is None or count >= len(images) else images.subset(epoch_order(len(images), 0, 0)[:count])
+
+
+def is_cifar10(train: Any, test: Any) -> bool:
+    """Whether these are CIFAR-10's original images, by sizes and deviations of channels, which JPEG copies change."""
+    if not isinstance(train, ImageSet) or (len(train), len(test), train.shape) != (50_000, 10_000, (3, 32, 32)):
+        return False
+    found = []
+    for channel in train.images.unbind(1):
+        shares = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        values = torch.arange(256, dtype=torch.float64) / 255
+        found.append(float(((values - (shares * values).sum()) ** 2 * shares).sum().sqrt()))
+    return all(abs(f - known) < 5e-4 for f, known in zip(found, (0.2470, 0.2435, 0.2616), strict=True))
 
 
 def split(images: Images, count: int) -> tuple[Images, Images]:

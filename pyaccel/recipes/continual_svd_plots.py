@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyaccel.recipes.plots import _figure
+from pyaccel.recipes.plots import canvas
 
 if TYPE_CHECKING:
     from pyaccel.recipes.continual_svd import Learned
@@ -35,7 +35,7 @@ def draw(learned: Mapping[tuple[str, int], Learned], methods: Sequence[str], see
 
 def accuracy_over_tasks(learned: Mapping[tuple[str, int], Learned], methods: Sequence[str], path: Path) -> None:
     """Mean accuracy (%) on the tasks so far, after each task; the mean over seeds."""
-    with _figure(path, 1, (6.4, 3.6)) as (_, (axis,)):
+    with canvas(path, 1, (6.4, 3.6)) as (_, (axis,)):
         for method in methods:
             label, colour, dashes = STYLES[method]
             runs = [[100 * fmean(row) for row in run.accuracy] for (m, _), run in learned.items() if m == method]
@@ -54,7 +54,7 @@ def matrix(accuracy: list[list[float]], label: str, path: Path) -> None:
     for t, row in enumerate(accuracy):
         values[t, : t + 1] = 100 * np.array(row)
     side = 2.4 + 0.33 * tasks
-    with _figure(path, 1, (side + 0.8, side)) as (figure, (axis,)):
+    with canvas(path, 1, (side + 0.8, side)) as (figure, (axis,)):
         picture = axis.imshow(values, cmap="viridis", vmin=0, vmax=100)
         for t, u in zip(*np.nonzero(~np.isnan(values)), strict=True):
             axis.text(u, t, f"{values[t, u]:.0f}", ha="center", va="center", fontsize=7,
@@ -71,7 +71,7 @@ def matrix(accuracy: list[list[float]], label: str, path: Path) -> None:
 
 def ranks(table: Sequence[Sequence[int]], path: Path) -> None:
     """Cumulative rank of every layer after each task."""
-    with _figure(path, 1, (6.4, 3.6)) as (_, (axis,)):
+    with canvas(path, 1, (6.4, 3.6)) as (_, (axis,)):
         for layer, values in enumerate(zip(*table, strict=True)):
             colour = LAYER_COLOURS[layer % len(LAYER_COLOURS)]
             axis.plot(

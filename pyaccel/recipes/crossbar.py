@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 
 from pyaccel.data import Batch
-from pyaccel.data.source import PACKAGED
 from pyaccel.hardware import CrossbarConfig
 from pyaccel.hardware.crossbar import CALIBRATIONS, PADDINGS, ROW_ORDERS, SCHEMES
 from pyaccel.recipes import crossbar_plots, plots
-from pyaccel.recipes.bntt import is_cifar10
 from pyaccel.recipes.classifier import FREE as FREE_OF_ALL
 from pyaccel.recipes.classifier import (
     ClassifierConfig,
     Images,
     check_choices,
     check_fields,
+    choose_preset,
     chosen,
     device_of,
+    is_cifar10,
     open_data,
     plain_batches,
     say,
@@ -135,12 +135,7 @@ PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    if name == "desk" and (data or os.environ.get("PYACCEL_DATA")) in PACKAGED:
-        config = DESK_DIGITS
-    return replace(config, data=data or config.data)
+    return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
 
 
 def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:

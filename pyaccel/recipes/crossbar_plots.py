@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pyaccel.recipes.crossbar_report import attack_label, attack_names, setups
-from pyaccel.recipes.plots import _figure
+from pyaccel.recipes.plots import canvas
 from pyaccel.recipes.report import Report
 
 STYLES = {  # mode: label, colour, marker, dashes
@@ -32,7 +32,7 @@ def attacks(report: Report, path: str | os.PathLike) -> None:
     """Accuracy under attack over the radius, of the plain network on the largest tile of the first kind of chip."""
     first = setups(report, "plain")[0].split("/", 1)[1]
     setup = max((s for s in setups(report, "plain") if s.endswith(f"/{first}")), key=lambda s: int(s.split("x")[0]))
-    with _figure(path, 2, (9.2, 3.6)) as (figure, axes):
+    with canvas(path, 2, (9.2, 3.6)) as (figure, axes):
         for axis, kind, unit in ((axes[0], "fgsm", "radius (pixels in 0..1)"), (axes[1], "pgd", "radius (1/255)")):
             names = [name for name in attack_names(report) if name.startswith(kind)]
             radii = [float(name.split("-", 1)[1]) for name in names]
@@ -53,7 +53,7 @@ def robustness_map(report: Report, path: str | os.PathLike) -> None:
     """Accuracy lost without attack (x) against adversarial loss (y): one point a chip, mode and attack."""
     names = setups(report, "plain")
     kinds = [kind for kind in ("fgsm", "pgd") if any(a.startswith(kind) for a in attack_names(report))]
-    with _figure(path, len(kinds), (4.8 * len(kinds), 4.2)) as (figure, axes):
+    with canvas(path, len(kinds), (4.8 * len(kinds), 4.2)) as (figure, axes):
         for axis, kind in zip(axes, kinds, strict=True):
             attacked = [a for a in attack_names(report) if a.startswith(kind)]
             for number, attack in enumerate(attacked):
@@ -85,7 +85,7 @@ def calibrations(report: Report, path: str | os.PathLike) -> None:
     for result in found[1:]:
         _, tile, _, calibration, _ = result.name.split("/")
         lines.setdefault(calibration, []).append((int(tile.split("x")[0]), result.value, result.std or 0))
-    with _figure(path, 1, (6.0, 3.6)) as (_, (axis,)):
+    with canvas(path, 1, (6.0, 3.6)) as (_, (axis,)):
         axis.axhline(found[0].value, color="#5F5F5F", linestyle=":", label="software")
         for number, (calibration, points) in enumerate(lines.items()):
             sizes, values, spread = zip(*sorted(points), strict=True)

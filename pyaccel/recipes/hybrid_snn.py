@@ -15,10 +15,19 @@ from pathlib import Path
 
 import torch
 
-from pyaccel.data.source import PACKAGED
 from pyaccel.recipes import plots
 from pyaccel.recipes.activity import LayerActivity
-from pyaccel.recipes.classifier import Images, check_choices, chosen, device_of, logits, open_data, plain_batches, say
+from pyaccel.recipes.classifier import (
+    Images,
+    check_choices,
+    choose_preset,
+    chosen,
+    device_of,
+    logits,
+    open_data,
+    plain_batches,
+    say,
+)
 from pyaccel.recipes.converted_activity import activity_of
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run
@@ -82,12 +91,7 @@ PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    if name == "desk" and (data or config.data or os.environ.get("PYACCEL_DATA")) in PACKAGED:
-        config = DESK_DIGITS
-    return replace(config, data=data or config.data)
+    return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pyaccel.recipes.hybrid_snn_report import LABELS, networks
-from pyaccel.recipes.plots import _figure
+from pyaccel.recipes.plots import canvas
 from pyaccel.recipes.report import Report
 
 STYLES = {"converted": ("#0072B2", "s", "-."), "stdb": ("#D55E00", "D", "-"), "linear": ("#009E73", "^", "-")}
@@ -14,7 +14,7 @@ STYLES = {"converted": ("#0072B2", "s", "-."), "stdb": ("#D55E00", "D", "-"), "l
 def draw(report: Report, out: Path) -> None:
     """accuracy.png: test accuracy over time steps, of every network."""
     config = report.config
-    with _figure(out / "accuracy.png", 1, (6.8, 3.8)) as (_, (axis,)):
+    with canvas(out / "accuracy.png", 1, (6.8, 3.8)) as (_, (axis,)):
         ann = report["ann/accuracy"].value
         axis.axhline(ann, color="#5F5F5F", linestyle="--", linewidth=1.2, label=f"artificial ({ann:.1f} %)")
         _line(axis, report, "converted_scale_1", config["curve"], "converted, scale 1", ("#56B4E9", "o", ":"))

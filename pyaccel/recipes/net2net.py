@@ -19,13 +19,12 @@ from torch import nn
 
 from pyaccel import models
 from pyaccel.data import Augment, Batches
-from pyaccel.data.source import PACKAGED
 from pyaccel.hardware import cost, training_compute
 from pyaccel.models.vgg import Vgg
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
-    ClassifierConfig, Images, check_choices, check_fields, device_of, logits, open_data, plain_batches, say, sgd,
-    train_classifier,
+    ClassifierConfig, Images, check_choices, check_fields, choose_preset, device_of, logits, open_data,
+    plain_batches, say, sgd, train_classifier,
 )  # fmt: skip
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
@@ -109,12 +108,7 @@ PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    if name == "desk" and (data or config.data or os.environ.get("PYACCEL_DATA")) in PACKAGED:
-        config = DESK_DIGITS
-    return replace(config, data=data or config.data)
+    return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
 
 
 @dataclass(frozen=True)

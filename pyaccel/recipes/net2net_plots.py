@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pyaccel.recipes.net2net_report import LABELS, SCORES
-from pyaccel.recipes.plots import _figure
+from pyaccel.recipes.plots import canvas
 from pyaccel.recipes.report import Report
 
 STYLES = {  # network: colour, marker, dashes
@@ -25,7 +25,7 @@ def draw(report: Report, out: Path) -> None:
 def networks(report: Report, path: str | os.PathLike) -> None:
     """Test accuracy over training compute, and over the noise."""
     levels = report.config["noise"]
-    with _figure(path, 2, (9.2, 3.8)) as (figure, axes):
+    with canvas(path, 2, (9.2, 3.8)) as (figure, axes):
         for network in report.config["networks"]:
             colour, marker, dashes = STYLES[network]
             accuracy, compute = report[f"{network}/accuracy"], report[f"{network}/compute"]
@@ -48,7 +48,7 @@ def detection(report: Report, path: str | os.PathLike) -> None:
     """Area under the ROC curve, a group of bars an attack."""
     names = {result.name for result in report.results}
     attacks = ("fgsm", "pgd", "adaptive")
-    with _figure(path, 1, (7.4, 3.8)) as (figure, (axis,)):
+    with canvas(path, 1, (7.4, 3.8)) as (figure, (axis,)):
         for place, (score, label) in enumerate(SCORES.items()):
             there = [
                 (x, report[f"detection/{a}/{score}/auc"])

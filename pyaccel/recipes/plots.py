@@ -47,7 +47,7 @@ def available() -> bool:
 
 def training_curves(histories: Mapping[tuple[str, int], Sequence[Mapping]], path: str | os.PathLike) -> None:
     """Training loss and test accuracy after each epoch; keys are (norm, seed). Thin lines: seeds, thick: their mean."""
-    with _figure(path, 2, (8.4, 3.2)) as (_, axes):
+    with canvas(path, 2, (8.4, 3.2)) as (_, axes):
         for axis, column, factor in ((axes[0], "train_loss", 1), (axes[1], "eval_accuracy", 100)):
             for norm, runs in _by_norm(histories):
                 _lines(axis, norm, [[factor * row[column] for row in rows] for rows in runs])
@@ -63,7 +63,7 @@ def accuracy_over_steps(
     accuracies: Mapping[tuple[str, int], Sequence[float]], exits: Mapping[int, int], path: str | os.PathLike
 ) -> None:
     """Test accuracy (%) after each step; keys are (norm, seed). exits: step of the early exit, by seed."""
-    with _figure(path, 1, (6.4, 3.6)) as (_, (axis,)):
+    with canvas(path, 1, (6.4, 3.6)) as (_, (axis,)):
         for norm, runs in _by_norm(accuracies):
             _lines(axis, norm, runs)
         steps = max(map(len, accuracies.values()))
@@ -84,7 +84,7 @@ def gain_map(gains: Mapping[str, Tensor], threshold: float, exit_step: int, path
     """Mean over channels of BNTT's gains [T, C], a row a layer, a column a step."""
     levels = torch.stack([g.mean(1) for g in gains.values()])
     layers, steps = levels.shape
-    with _figure(path, 1, (max(5.0, 0.55 * steps + 2.2), 0.42 * layers + 1.4)) as (figure, (axis,)):
+    with canvas(path, 1, (max(5.0, 0.55 * steps + 2.2), 0.42 * layers + 1.4)) as (figure, (axis,)):
         top = max(float(levels.max()), threshold)
         picture = axis.imshow(
             levels.numpy(), cmap="viridis", vmin=min(0.0, float(levels.min())), vmax=top, aspect="auto"
@@ -106,7 +106,7 @@ def gain_map(gains: Mapping[str, Tensor], threshold: float, exit_step: int, path
 def raster(raster: Raster, path: str | os.PathLike) -> None:
     """The image, spikes of up to `NEURONS` neurons a layer over time, and the read-out of each class."""
     steps, classes = raster.logits.shape
-    with _figure(path, None, (9.2, 1.2 + 0.95 * len(raster.spikes))) as (figure, _):
+    with canvas(path, None, (9.2, 1.2 + 0.95 * len(raster.spikes))) as (figure, _):
         left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6))
         top, bottom = left.subplots(2, 1, height_ratios=(1, 1.1))
         top.imshow(_displayed(raster.image).numpy(), cmap="gray", interpolation="nearest")
@@ -187,7 +187,7 @@ def _lines(axis, norm: str, runs: Sequence[Sequence[float]]) -> None:
 
 
 @contextmanager
-def _figure(path: str | os.PathLike, columns: int | None, size: tuple[float, float]):
+def canvas(path: str | os.PathLike, columns: int | None, size: tuple[float, float]):
     try:
         import matplotlib
     except ImportError as error:

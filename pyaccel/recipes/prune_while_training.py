@@ -16,14 +16,13 @@ import torch
 from torch import nn
 
 from pyaccel import models, surgery
-from pyaccel.data.source import PACKAGED
 from pyaccel.hardware import Cost, cost
 from pyaccel.models.form import Form
 from pyaccel.models.layer import start_artificial
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
-    ClassifierConfig, Images, check_choices, check_fields, device_of, logits, open_data, plain_batches, say, sgd,
-    train_classifier,
+    ClassifierConfig, Images, check_choices, check_fields, choose_preset, device_of, logits, open_data,
+    plain_batches, say, sgd, train_classifier,
 )  # fmt: skip
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import CHECKPOINTS, open_run, resume_from
@@ -89,12 +88,7 @@ PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    if name == "desk" and (data or config.data or os.environ.get("PYACCEL_DATA")) in PACKAGED:
-        config = DESK_DIGITS
-    return replace(config, data=data or config.data)
+    return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
 
 
 @dataclass(frozen=True)

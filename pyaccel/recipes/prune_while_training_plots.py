@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyaccel.recipes.plots import _figure
+from pyaccel.recipes.plots import canvas
 from pyaccel.recipes.prune_while_training_report import LABELS, kinds
 from pyaccel.recipes.report import Report
 
@@ -29,7 +29,7 @@ def draw(report: Report, measured: Mapping[tuple[str, float, int], Measurement],
 def accuracy(report: Report, path: str | os.PathLike) -> None:
     """Test accuracy over the share of filters pruned and over training compute; bars: spread of the seeds."""
     rates, dense = report.config["rates"], report["dense/accuracy"]
-    with _figure(path, 2, (9.2, 3.8)) as (figure, axes):
+    with canvas(path, 2, (9.2, 3.8)) as (figure, axes):
         for kind in kinds(report.config):
             colour, marker, dashes = STYLES[kind]
             found = [report[f"{kind}/{rate:g}/accuracy"] for rate in rates]
@@ -50,7 +50,7 @@ def widths(report: Report, measured: Mapping[tuple[str, float, int], Measurement
     seed, criterion = report.config["seeds"][0], report.config["criteria"][0]
     dense = measured["dense", 0.0, seed].epochs[0][1]
     colours = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-    with _figure(path, 1, (6.4, 3.6)) as (_, (axis,)):
+    with canvas(path, 1, (6.4, 3.6)) as (_, (axis,)):
         for number, rate in enumerate(report.config["rates"]):
             epochs = measured[criterion, rate, seed].epochs
             for count, dashes in (("filters", "--"), ("macs", "-")):

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from pyaccel import models, surgery
-from pyaccel.data.source import PACKAGED
 from pyaccel.ops.quantizers import WEIGHT_QUANTIZERS
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
@@ -27,6 +26,7 @@ from pyaccel.recipes.classifier import (
     Images,
     check_choices,
     check_fields,
+    choose_preset,
     chosen,
     device_of,
     milestones,
@@ -158,13 +158,7 @@ PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    source = data or config.data or os.environ.get("PYACCEL_DATA")
-    if name == "desk" and source in PACKAGED:
-        config = DESK_DIGITS
-    return replace(config, data=data or config.data)
+    return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
 
 
 def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:

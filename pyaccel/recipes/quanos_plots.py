@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyaccel.hardware import LayerCost, MacEnergy, efficiency
-from pyaccel.recipes.plots import _figure
+from pyaccel.recipes.plots import canvas
 from pyaccel.recipes.quanos_report import worst
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def sensitivity(config: Config, measured: Runs, path: Path) -> None:
     name = next((n for n in mixed(config)), config.networks[0])
     run, eps = measured[name, config.seeds[0]], config.ans_eps[0]
     labels, epochs = {layer.name: _label(layer) for layer in run.layers}, run.sensitivity[eps]
-    with _figure(path, 1, (max(5.5, 0.5 * len(labels) + 2), 3.8)) as (_, (axis,)):
+    with canvas(path, 1, (max(5.5, 0.5 * len(labels) + 2), 3.8)) as (_, (axis,)):
         from matplotlib import colormaps
 
         known = [i for i, found in enumerate(epochs) if found]
@@ -83,7 +83,7 @@ def bits(config: Config, measured: Runs, path: Path) -> None:
     """Bits of each layer (mean over seeds; the first and the last may be outside the rule)."""
     names = mixed(config)
     layers = [_label(layer) for layer in measured[names[0], config.seeds[0]].layers]
-    with _figure(path, 1, (max(5.5, 0.5 * len(layers) + 2), 3.6)) as (_, (axis,)):
+    with canvas(path, 1, (max(5.5, 0.5 * len(layers) + 2), 3.6)) as (_, (axis,)):
         width = 0.8 / len(names)
         for i, name in enumerate(names):
             runs = [measured[name, seed] for seed in config.seeds]
@@ -101,7 +101,7 @@ def accuracy_over_energy(config: Config, measured: Runs, path: Path) -> None:
 
     Networks with adversarial training have the widths, and the place, of those without: black edges tell them apart."""
     energy, eps = MacEnergy(alpha=config.alpha), max(config.pgd_eps)
-    with _figure(path, 1, (7.2, 4.0)) as (_, (axis,)):
+    with canvas(path, 1, (7.2, 4.0)) as (_, (axis,)):
         for name in config.networks:
             kind, _, defence = name.partition("+")
             if kind == "float32":
@@ -126,7 +126,7 @@ def accuracy_over_energy(config: Config, measured: Runs, path: Path) -> None:
 
 def accuracy_over_epsilon(config: Config, measured: Runs, path: Path) -> None:
     """Accuracy (%) over the strength of FGSM and, beside it, PGD; mean over seeds."""
-    with _figure(path, 2, (9.2, 3.8)) as (_, axes):
+    with canvas(path, 2, (9.2, 3.8)) as (_, axes):
         for axis, attack, strengths in ((axes[0], "fgsm", config.fgsm_eps), (axes[1], "pgd", config.pgd_eps)):
             for name in config.networks:
                 kind, _, defence = name.partition("+")

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import models
-from pyaccel.data.source import PACKAGED
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
     Images,
     check_choices,
+    choose_preset,
     chosen,
     device_of,
     open_data,
@@ -127,12 +127,7 @@ PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    if name == "desk" and (data or config.data or os.environ.get("PYACCEL_DATA")) in PACKAGED:
-        config = DESK_DIGITS
-    return replace(config, data=data or config.data)
+    return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
 
 
 def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyaccel.recipes.plots import _figure
+from pyaccel.recipes.plots import canvas
 from pyaccel.recipes.report import Report
 from pyaccel.recipes.snn_robustness_report import LABELS
 
@@ -27,7 +27,7 @@ def white_box(report: Report, path: Path) -> None:
     """Bars of accuracy for each network, at the largest radius."""
     networks, eps = report.config["networks"], max(report.config["eps"])
     known = {r.name: r for r in report.results}
-    with _figure(path, 1, (1.5 + 1.7 * len(networks), 3.6)) as (_, (axis,)):
+    with canvas(path, 1, (1.5 + 1.7 * len(networks), 3.6)) as (_, (axis,)):
         for i, (key, label, colour) in enumerate(BARS):
             for place, kind in enumerate(networks):
                 figure = known.get(f"{kind}/{key.format(eps=eps)}")
@@ -45,7 +45,7 @@ def white_box(report: Report, path: Path) -> None:
 def sweeps(report: Report, path: Path) -> None:
     """Accuracy over the steps and over the leak that SNN-BP was tuned for."""
     config = report.config
-    with _figure(path, 2, (8.6, 3.4)) as (_, axes):
+    with canvas(path, 2, (8.6, 3.4)) as (_, axes):
         for axis, what, values in ((axes[0], "steps", config["sweep_steps"]), (axes[1], "leak", config["sweep_leaks"])):
             for case, label, colour, marker, dashes in CASES:
                 figures = [report[f"sweep/{what}/{value:g}/{case}"] for value in values]

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from pyaccel.recipes.plots import _figure
+from pyaccel.recipes.plots import canvas
 
 if TYPE_CHECKING:
     from pyaccel.recipes.source_free import Adapted
@@ -31,7 +31,7 @@ def draw(measured: Mapping[tuple[str, int], Adapted], variants: Sequence[str], o
 
 
 def _adaptation(measured: Mapping, pairs: Sequence[str], variants: Sequence[str], path: Path) -> None:
-    with _figure(path, len(pairs), (3.2 * len(pairs) + 2.2, 3.2)) as (_, axes):
+    with canvas(path, len(pairs), (3.2 * len(pairs) + 2.2, 3.2)) as (_, axes):
         for axis, pair in zip(axes, pairs, strict=True):
             runs = [run for (p, _), run in measured.items() if p == pair]
             before = 100 * fmean(run.source_only for run in runs)
@@ -51,7 +51,7 @@ def _adaptation(measured: Mapping, pairs: Sequence[str], variants: Sequence[str]
 
 
 def _entropy(measured: Mapping, pairs: Sequence[str], path: Path) -> None:
-    with _figure(path, 1, (6.4, 3.4)) as (_, (axis,)):
+    with canvas(path, 1, (6.4, 3.4)) as (_, (axis,)):
         for number, pair in enumerate(pairs):
             runs = [run for (p, _), run in measured.items() if p == pair]
             values = [100 * fmean(run.diagnostics[f"quartile_{q}"] for run in runs) for q in range(1, 5)]

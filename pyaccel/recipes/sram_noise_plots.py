@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyaccel.recipes.plots import MARK, NEGATIVE, POSITIVE, _figure
+from pyaccel.recipes.plots import MARK, NEGATIVE, POSITIVE, canvas
 from pyaccel.recipes.report import Report
 from pyaccel.recipes.sram_noise_report import cells
 
@@ -34,7 +34,7 @@ def gains(report: Report, path: Path) -> None:
         maps[name] = list(dict.fromkeys(site for site, _, _ in tried))
     values = {r.name: r.value for r in report.results}
     height = 1.6 + 0.27 * max(len(sites) for sites in maps.values())
-    with _figure(path, len(networks), (len(networks) * (2.6 + 0.5 * len(settings)), height)) as (figure, axes):
+    with canvas(path, len(networks), (len(networks) * (2.6 + 0.5 * len(settings)), height)) as (figure, axes):
         for axis, name in zip(axes, networks, strict=True):
             keys = [[f"{name}/screen/{site}/n8t={n}/p={p:g}" for n, p in settings] for site in maps[name]]
             table = [[values[f"{key}/gain"] for key in row] for row in keys]
@@ -60,7 +60,7 @@ def epsilon(report: Report, path: Path) -> None:
     """Accuracy and gain against eps: FGSM as lines, PGD as open circles. A network without noise, and with noise in the
     chosen sites."""
     networks, config = report.config["networks"], report.config
-    with _figure(path, 2 * len(networks), (8.8 * len(networks), 3.8)) as (_, axes):
+    with canvas(path, 2 * len(networks), (8.8 * len(networks), 3.8)) as (_, axes):
         for left, right, name in zip(axes[::2], axes[1::2], networks, strict=True):
             for level, (label, colour, dashes) in LINES.items():
                 placement, attacker = ("none", "A") if level == "none" else ("chosen", level)
@@ -88,7 +88,7 @@ def bit_errors(report: Report, path: Path) -> None:
     """Clean accuracy with all weights or all outputs failing, and under the voltage attacker."""
     networks, config = report.config["networks"], report.config
     kinds = {"weight": ("all weights", POSITIVE), "activation": ("all outputs", NEGATIVE)}
-    with _figure(path, len(networks), (5.4 * len(networks), 3.8)) as (_, axes):
+    with canvas(path, len(networks), (5.4 * len(networks), 3.8)) as (_, axes):
         for axis, name in zip(axes, networks, strict=True):
             for i, n8t in enumerate(config["bank_n8t"]):
                 shade = {"alpha": 1 - 0.5 * i / max(1, len(config["bank_n8t"]) - 1), "markersize": 4}

@@ -9,7 +9,7 @@ from pyaccel.data import ImageSet
 from pyaccel.recipes import bntt
 from pyaccel.recipes.activity import LayerActivity
 from pyaccel.recipes.bntt import DESK_DIGITS, PAPER, SMOKE, Measurement, exit_step
-from pyaccel.recipes.classifier import milestones
+from pyaccel.recipes.classifier import is_cifar10, milestones
 from pyaccel.recipes.bntt_report import describe, results
 from pyaccel.recipes.report import Report, markdown
 
@@ -161,8 +161,8 @@ def test_cifar10_is_known_by_its_numbers(blue, original):
     def images(count):
         return ImageSet(image.expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.int64), "0", "expanded")
 
-    assert bntt.is_cifar10(images(50_000), images(10_000)) is original
-    assert not bntt.is_cifar10(images(49_999), images(10_000))
+    assert is_cifar10(images(50_000), images(10_000)) is original
+    assert not is_cifar10(images(49_999), images(10_000))
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
