@@ -39,7 +39,7 @@ from pyaccel.recipes.classifier import (
 )
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
-from pyaccel.recipes.planning import Network
+from pyaccel.recipes.planning import Network, images_of
 from pyaccel.recipes.report import Report, write
 from pyaccel.training import History, seed_everything
 
@@ -218,6 +218,11 @@ def readable(images: Tensor) -> Tensor:
     if images.dim() == 5:
         return images.transpose(0, 1).contiguous()
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def open_training(config: Config) -> Images | EventFolder:
+    """What `pyaccel plan` looks at: the training set, of recordings where the configuration reads them."""
+    return open_recordings(config)[0] if config.events else images_of(config, "bntt")
 
 
 def networks(config: Config, images: Images) -> dict[str, Network]:

@@ -26,6 +26,7 @@ from pyaccel.recipes.classifier import (
     check_fields,
     choose_preset,
     chosen,
+    cross_entropy,
     device_of,
     is_cifar10,
     open_data,
@@ -37,6 +38,7 @@ from pyaccel.recipes.crossbar_networks import NETWORKS, build, normalises, train
 from pyaccel.recipes.crossbar_report import describe, results
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.report import Report, write
 from pyaccel.training.transfer import to_device
 
@@ -136,6 +138,11 @@ PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
     return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
+
+
+def networks(config: Config, images: Images) -> dict[str, Network]:
+    """The plain network, for `pyaccel plan`; the defences train it with other losses."""
+    return {"plain": Network(lambda: build(config, images, config.seeds[0]), cross_entropy())}
 
 
 def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:

@@ -23,11 +23,12 @@ from pyaccel.hardware import cost, training_compute
 from pyaccel.models.vgg import Vgg
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
-    ClassifierConfig, Images, check_choices, check_fields, choose_preset, device_of, logits, open_data,
-    plain_batches, say, sgd, train_classifier,
+    ClassifierConfig, Images, check_choices, check_fields, choose_preset, cross_entropy, device_of, logits,
+    open_data, plain_batches, say, sgd, train_classifier,
 )  # fmt: skip
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.net2net_growth import grown, nested, pruned_for_growth
 from pyaccel.recipes.net2net_measure import Detection, Measurement, measure, measure_detection
 from pyaccel.recipes.net2net_report import describe, results
@@ -214,6 +215,14 @@ def build(config: Config, images: Images, seed: int, stage: int) -> nn.Module:
         description(config, stage), input_shape=images.shape, classes=len(images.classes), norm="batch"
     )
     return model.to(memory_format=torch.channels_last)
+
+
+def networks(config: Config, images: Images) -> dict[str, Network]:
+    """The network of each stage, for `pyaccel plan`."""
+    return {
+        f"stage {stage + 1}": Network(lambda stage=stage: build(config, images, config.seeds[0], stage), cross_entropy())
+        for stage in range(len(config.fractions))
+    }
 
 
 def rehearse(config: Config, train: Images) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyaccel.data import Batch
+from pyaccel.data import Batch, EventFolder
 from pyaccel.recipes.classifier import ClassifierConfig, Loss, device_of, open_data, sgd
 from pyaccel.training.plan import StepMemory, measure_step, step_memory
 
@@ -47,6 +47,11 @@ class Plan:
     largest: int
 
 
+def training_set(config: ClassifierConfig, recipe: str, module: ModuleType) -> Any:
+    """What the recipe trains on: by its `open_training(config)`, if it reads more than images, else `images_of`."""
+    return module.open_training(config) if hasattr(module, "open_training") else images_of(config, recipe)
+
+
 def images_of(config: ClassifierConfig, recipe: str) -> Any:
     """Shape and classes of the images: of the data that the configuration names, else of what its preset expects."""
     if config.data is not None or os.environ.get("PYACCEL_DATA"):
@@ -64,9 +69,10 @@ def networks_of(recipe: str, module: ModuleType, config: Any, images: Any) -> Ma
 
 
 def batch_of(images: Any, size: int, device: torch.device | str = "cpu") -> Batch:
-    """Random images, labels and sample ids of one batch."""
+    """Random images (recordings: frames of all steps), labels and sample ids of one batch."""
+    shape = (images.steps, *images.shape) if isinstance(images, EventFolder) else images.shape
     labels = torch.randint(0, len(images.classes), (size,))
-    batch = Batch(torch.rand(size, *images.shape), labels, torch.arange(size))
+    batch = Batch(torch.rand(size, *shape), labels, torch.arange(size))
     return Batch(*(tensor.to(device) for tensor in batch))
 
 
@@ -77,7 +83,7 @@ def optimize(config: ClassifierConfig) -> Callable[[nn.Module], torch.optim.Opti
 def plan(recipe: str, module: ModuleType, config: Any, again: Sequence[str] | None, limit: int | None) -> list[Plan]:
     """A plan of each network. again: the arguments of `pyaccel plan` that measure, in a process of its own each; None:
     only count. limit: bytes of memory; None: what the device has."""
-    images = images_of(config, recipe)
+    images = training_set(config, recipe, module)
     size = max(1, config.batch_size // (config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))))
     limit = memory_of(device_of(config)) if limit is None else limit
     found = []
@@ -134,7 +140,7 @@ def _measured(arguments: Sequence[str]) -> dict[str, float]:
 
 def measure(recipe: str, module: ModuleType, config: Any, name: str, size: int) -> str:
     """Run training steps of one network at this batch size; a line with the bytes and seconds of a step."""
-    images, device = images_of(config, recipe), device_of(config)
+    images, device = training_set(config, recipe, module), device_of(config)
     network = networks_of(recipe, module, config, images)[name]
     model, batch = network.build().to(device), batch_of(images, size, device)
     bytes_, seconds = measure_step(model, optimize(config), network.loss, batch, amp=_amp(config))

@@ -21,11 +21,12 @@ from pyaccel.models.form import Form
 from pyaccel.models.layer import start_artificial
 from pyaccel.recipes import plots
 from pyaccel.recipes.classifier import (
-    ClassifierConfig, Images, check_choices, check_fields, choose_preset, device_of, logits, open_data,
-    plain_batches, say, sgd, train_classifier,
+    ClassifierConfig, Images, check_choices, check_fields, choose_preset, cross_entropy, device_of, logits,
+    open_data, plain_batches, say, sgd, train_classifier,
 )  # fmt: skip
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import CHECKPOINTS, open_run, resume_from
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.prune_while_training_report import describe, results
 from pyaccel.recipes.report import Report, write
 from pyaccel.surgery.prune import CRITERIA
@@ -182,6 +183,11 @@ def build(config: Config, images: Images, seed: int) -> nn.Module:
         config.model, classes=len(images.classes), input_shape=images.shape, width=config.width, spiking=False
     )
     return model.to(memory_format=torch.channels_last)
+
+
+def networks(config: Config, images: Images) -> dict[str, Network]:
+    """The dense network, for `pyaccel plan`: what is pruned needs no more."""
+    return {"dense": Network(lambda: build(config, images, config.seeds[0]), cross_entropy())}
 
 
 def anew(model: nn.Module, seed: int) -> nn.Module:

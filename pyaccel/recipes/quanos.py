@@ -28,6 +28,7 @@ from pyaccel.recipes.classifier import (
     check_fields,
     choose_preset,
     chosen,
+    cross_entropy,
     device_of,
     milestones,
     open_data,
@@ -37,6 +38,7 @@ from pyaccel.recipes.classifier import (
 )
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.quanos_ans import RATIOS, RULES, assign_bits, equal_memory, noise_sensitivity, weight_layers
 from pyaccel.recipes.quanos_attacks import adversarial_loss
 from pyaccel.recipes.quanos_measure import PIXEL, Measurement, Trained, Victims, ans_in, deploy, whole
@@ -236,6 +238,13 @@ def build(config: Config, images: Images, seed: int, bits: Mapping[str, int] | N
     )
     model = model if bits is None else surgery.quantize(model, bits, quantizer=config.quantizer)
     return model.to(memory_format=torch.channels_last)
+
+
+def networks(config: Config, images: Images) -> dict[str, Network]:
+    """The training of one network at the initial widths, for `pyaccel plan`: the others need no more."""
+    names = weight_layers(build(config, images, config.seeds[0]))
+    bits = dict.fromkeys(names, config.initial_bits)
+    return {"quantised": Network(lambda: build(config, images, config.seeds[0], bits), cross_entropy())}
 
 
 class Start:

@@ -26,6 +26,7 @@ from pyaccel.recipes.classifier import (
     check_fields,
     choose_preset,
     chosen,
+    cross_entropy,
     device_of,
     open_data,
     plain_batches,
@@ -35,6 +36,7 @@ from pyaccel.recipes.classifier import (
 )
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.report import Report, write
 from pyaccel.recipes.sram_noise_bench import WORD_BITS, Bench, Cells, fingerprint
 from pyaccel.recipes.sram_noise_measure import Study, evaluate
@@ -215,6 +217,14 @@ def build(config: Config, number: int, images: Images, seed: int) -> nn.Module:
         classes=len(images.classes),
     )
     return model.to(memory_format=torch.channels_last)
+
+
+def networks(config: Config, images: Images) -> dict[str, Network]:
+    """What this recipe trains, for `pyaccel plan`."""
+    return {
+        name: Network(lambda number=number: build(config, number, images, config.seeds[0]), cross_entropy())
+        for number, name in enumerate(config.networks)
+    }
 
 
 def load(config: Config, number: int, model: nn.Module) -> bool:
