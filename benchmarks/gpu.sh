@@ -31,6 +31,12 @@ step tests_cuda 400 python3 -m pytest python_tests/cuda python_tests/ops -p no:c
 step sanitizer_memory 240 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest python_tests/cuda -k small
 step sanitizer_race 240 compute-sanitizer --tool racecheck --error-exitcode 9 python3 -m pytest python_tests/cuda -k small
 step bench_neuron 400 python3 -m pytest benchmarks/test_neuron.py -m benchmark --bench-device cuda --results "$out"
+step bench_training 300 python3 -m pytest benchmarks/test_training.py -m benchmark --bench-device cuda --results "$out"
+imagenet=(--preset paper --image_size 224 --crop_padding 0 --steps 25 --batch_size 32 --norms "[bntt]" --amp bf16 --device cuda)
+for model in resnet34 vgg16; do  # memory, seconds and images/s of a step at 224x224: the input of benchmarks/scaling.py
+  step "imagenet_$model" 300 python3 -m pyaccel plan bntt --model "$model" "${imagenet[@]}"
+  step "imagenet_${model}_recompute" 300 python3 -m pyaccel plan bntt --model "$model" "${imagenet[@]}" --recompute_layers true
+done
 if [ -n "$data" ]; then
   step train_bntt 500 python3 -m pyaccel run bntt --preset paper --data "$data" --epochs 2 --device cuda --out "$out/bntt"
 fi
