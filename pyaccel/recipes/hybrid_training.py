@@ -31,7 +31,7 @@ from pyaccel.recipes.classifier import (
 from pyaccel.recipes.folder import resume_from
 from pyaccel.surgery.converted import ConvertedNetwork
 from pyaccel.surgery.thresholds import set_threshold
-from pyaccel.training import History, seed_everything
+from pyaccel.training import History, distributed, seed_everything
 
 SURROGATES = {"stdb": dict(neuron="stdb"), "linear": dict(neuron="delayed")}
 # Of the specifications' statistical checks on 8x8 digits; too small a task for a VGG.
@@ -211,10 +211,14 @@ def accuracy_at(config: HybridConfig, snn: ConvertedNetwork, test: Images, at: t
 
 
 def read_or_make(file: Path, make: Callable[[], Any]) -> Any:
-    """What `file` holds, or what `make` gives, which is then kept in it."""
-    if not file.exists():
-        write_json(file, make())
-    return json.loads(file.read_text(encoding="utf-8"))
+    """What `file` holds, or what `make` gives, which is then kept in it. All processes make it together; what the first
+    one makes is written, and is what all of them get."""
+    if distributed.from_first(file.exists()):
+        return json.loads(file.read_text(encoding="utf-8"))
+    made = json.loads(json.dumps(make()))
+    if distributed.rank() == 0:
+        write_json(file, made)
+    return distributed.from_first(made)
 
 
 def write_json(file: Path, content: Any) -> None:
