@@ -1,15 +1,16 @@
-"""Time, communication and cost of training spiking ResNet34 and VGG16 on ImageNet with 1 to 512 GPUs: arithmetic, no measurement.
+"""Time, communication and cost of training spiking networks on ImageNet with 1 to 512 GPUs: arithmetic, no measurement.
 
-    python benchmarks/scaling.py [--steps T] [--batch B] [--amp bf16|none] [--sync-norm] [--images-per-second resnet34=500 ...]
+    python benchmarks/scaling.py [--steps T] [--batch B] [--amp bf16|none] [--sync-norm]
+        [--images-per-second resnet34=500 ...]
 
 The throughput of one GPU comes from `--images-per-second` where it was measured, else from a roofline: every product at
 `products` floating-point operations a second or its tensors at `copy` bytes a second, whichever takes longer, and every
 neuron-step at 32 bytes (16 with bf16) at `copy`. `Machine` holds the assumptions; the table says which were used.
 
-A step of n GPUs, each with B images: forward and backward; all-reduce of the gradients in float32, which runs beside the
-backward pass but for its last bucket; with --sync-norm two all-reduces of statistics a layer, which nothing hides; and
-the processors' agreement after each step (gloo, a ring over TCP), which the GPU does not wait for unless it takes longer
-than the whole step.
+A step of n GPUs, each with B images: forward and backward; all-reduce of the gradients in float32, which runs beside
+the backward pass but for its last bucket; with --sync-norm two all-reduces of statistics a layer, which nothing
+hides; and the processors' agreement after each step (gloo, a ring over TCP), which the GPU does not wait for unless
+it takes longer than the whole step.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def all_reduce(size: float, gpus: int, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Seconds of a step: compute, what of the two kinds of all-reduce is not hidden, agreement."""
+    """One line of the table. Seconds of a step: compute, what is not hidden of both kinds of all-reduce, agreement."""
 
     gpus: int
     compute: float
@@ -156,49 +157,72 @@ def row(work: Work, image: float, gpus: int, batch: int, steps: int, synchronise
     return Row(gpus, compute, gradients, statistics, 2 * (gpus - 1) * machine.tcp_hop, batch)
 
 
-def main() -> None:
+COLUMNS = ("GPUs", "global batch", "images/s", "waiting, %", "gradients, ms", "statistics, ms", "agreement, ms",
+           "hours", "GPU hours", "cost", "cores a GPU", "failures a run")  # fmt: skip
+
+
+def cells(r: Row, epochs: int, machine: Machine) -> tuple[str, ...]:
+    hours = r.hours(epochs, machine)
+    return (
+        f"{r.gpus}", f"{r.gpus * r.batch}", f"{r.images_per_second:.0f}", f"{100 * r.communication:.1f}",
+        *(f"{1e3 * seconds:.2f}" for seconds in (r.gradients, r.statistics, r.agreement)),
+        f"{hours:.1f}", f"{r.gpus * hours:.0f}", f"{r.gpus * hours * machine.price:.0f}",
+        f"{r.images_per_second / r.gpus / machine.decode:.1f}", f"{r.gpus * hours / machine.gpu_hours:.3f}",
+    )  # fmt: skip
+
+
+def counted_bytes(model: nn.Module, size: int, bf16: bool) -> int:
+    """Bytes of a training step with so many images (see `training.plan`)."""
+    batch = Batch(*(torch.empty(size, *shape, device="meta", dtype=dtype)
+                    for shape, dtype in ((SHAPE, torch.float32), ((), torch.int64), ((), torch.int64))))  # fmt: skip
+    sgd = lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9)  # noqa: E731
+    amp = torch.bfloat16 if bf16 else None
+    return step_memory(model.train(), sgd, cross_entropy(logits), batch, amp=amp).peak
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=25, help="time steps T")
     parser.add_argument("--batch", type=int, default=32, help="images a GPU and step")
     parser.add_argument("--epochs", type=int, default=90)
     parser.add_argument("--amp", choices=("bf16", "none"), default="bf16")
     parser.add_argument("--sync-norm", action="store_true", help="batch statistics of all processes")
-    parser.add_argument("--images-per-second", nargs="+", default=[], metavar="NETWORK=RATE", help="measured on one GPU")
+    parser.add_argument("--images-per-second", nargs="+", default=[], metavar="NETWORK=RATE", help="measured, one GPU")
     for field in fields(Machine):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=field.default)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     machine = Machine(**{field.name: getattr(options, field.name) for field in fields(Machine)})
     measured = {name: float(rate) for name, rate in (pair.split("=") for pair in options.images_per_second)}
-    bf16 = options.amp == "bf16"
-    print(f"T = {options.steps}, {options.batch} images a GPU, {options.epochs} epochs, {'bf16' if bf16 else 'float32'}, "
-          f"batch statistics of {'all' if options.sync_norm else 'each'} GPU{'s' if options.sync_norm else ''}")  # fmt: skip
+    if unknown := measured.keys() - set(NETWORKS):
+        raise SystemExit(f"--images-per-second: expected {', '.join(NETWORKS)}, got {', '.join(sorted(unknown))}")
+    bf16, whose = options.amp == "bf16", "all GPUs" if options.sync_norm else "each GPU"
+    print(f"T = {options.steps}, {options.batch} images a GPU, {options.epochs} epochs, "
+          f"{'bf16' if bf16 else 'float32'}, batch statistics of {whose}")  # fmt: skip
     print("Assumed: " + ", ".join(f"{f.name} {getattr(machine, f.name):g}" for f in fields(Machine)))
     for name in NETWORKS:
         model = models.build(name, classes=CLASSES, input_shape=SHAPE, spiking=True, steps=options.steps)
         work = work_of(model)
         products, neurons = image_seconds(work, machine, options.steps, bf16)
-        image = 1 / measured[name] if name in measured else products + neurons
-        batch = Batch(torch.empty(options.batch, *SHAPE, device="meta"), torch.empty(options.batch, dtype=torch.int64),
-                      torch.empty(options.batch, dtype=torch.int64))  # fmt: skip
-        memory = step_memory(model.train(), lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9),
-                             cross_entropy(logits), batch, amp=torch.bfloat16 if bf16 else None)  # fmt: skip
-        print(f"\n{name}: {work.parameters / 1e6:.1f} million parameters, {4 * work.parameters / 1e6:.0f} MB of gradients; of an "
-              f"image and time step {work.macs / 1e9:.2f} GMAC, {work.neurons / 1e6:.2f} million neurons; "
-              f"{memory.peak / 2**30:.1f} GiB counted a GPU")  # fmt: skip
+        image, source = products + neurons, (
+            f"ASSUMED, from the roofline: products {1e3 * products:.2f} ms an image, neurons {1e3 * neurons:.2f} ms"
+        )
+        if name in measured:
+            image, source = 1 / measured[name], "MEASURED, as given"
         statistics = sum(4 * 5 * options.steps * channels for channels in work.statistics)
-        print(f"One GPU: {1 / image:.0f} images/s, {'MEASURED' if name in measured else 'ASSUMED, from the roofline: '}"
-              + ("" if name in measured else f"products {1e3 * products:.2f} ms an image, neurons {1e3 * neurons:.2f} ms")
-              + f". Statistics: {len(work.statistics)} layers, {2 * len(work.statistics)} all-reduces, "
-              f"{statistics / 1e6:.2f} MB a step")  # fmt: skip
-        print("| GPUs | global batch | images/s | efficiency, % | waiting, % | gradients, statistics, agreement, ms | hours | "
-              "GPU hours | cost | cores a GPU | failures a run |\n|" + "---:|" * 11)  # fmt: skip
+        gib = counted_bytes(model, options.batch, bf16) / 2**30
+        print(f"\n{name}: {work.parameters / 1e6:.1f} million parameters, {4 * work.parameters / 1e6:.0f} MB of gradients"
+              f"; an image and time step: {work.macs / 1e9:.2f} GMAC, {work.neurons / 1e6:.2f} million neurons; "
+              f"{gib:.1f} GiB counted a GPU\nStatistics: {len(work.statistics)} layers, {2 * len(work.statistics)} "
+              f"all-reduces, {statistics / 1e6:.2f} MB a step\n"
+              f"One GPU: {1 / image:.0f} images/s, {source}")  # fmt: skip
+        print("| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS))
         for gpus in GPUS:
-            r = row(work, image, gpus, options.batch, options.steps, options.sync_norm, machine)
-            hours = r.hours(options.epochs, machine)
-            print(f"| {gpus} | {gpus * options.batch} | {r.images_per_second:.0f} | {100 * (1 - r.communication):.1f} | "
-                  f"{100 * r.communication:.1f} | {1e3 * r.gradients:.2f}, {1e3 * r.statistics:.2f}, {1e3 * r.agreement:.2f} | "
-                  f"{hours:.1f} | {gpus * hours:.0f} | {gpus * hours * machine.price:.0f} | "
-                  f"{r.images_per_second / gpus / machine.decode:.1f} | {gpus * hours / machine.gpu_hours:.2f} |")  # fmt: skip
+            found = row(work, image, gpus, options.batch, options.steps, options.sync_norm, machine)
+            print("| " + " | ".join(cells(found, options.epochs, machine)) + " |")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What training costs beside its arithmetic: other processes, checkpoints, batches, and the decoding of images.
 
-Two processes against one with two threads, at the same global batch (goal: 0.9 of its throughput); the time that training
-waits for a checkpoint (goal: 1 % of the default interval of 10 minutes); a step with its batch made anew against one with a
-batch that is there (goal: 5 % more); images/s that a core decodes for ImageNet training. The network is the spiking VGG9
-of the desk preset of recipe `bntt`. Processes take turns; on a shared machine read the CPU time beside the wall time.
+Two processes against one with two threads, at the same global batch (goal: 0.9 of its throughput); the time that
+training waits for a checkpoint (goal: 1 % of the default interval of 10 minutes); a step with its batch made anew
+against one with a batch that is there (goal: 5 % more); images/s that a core decodes for ImageNet training. The
+network is the spiking VGG9 of the desk preset of recipe `bntt`. Processes take turns; on a shared machine read the
+CPU time beside the wall time.
 
-Decoding needs `imagenet_samples.zip` in the folder that PYACCEL_TEST_DATA names, or in ../shared/data beside the checkout.
+Decoding needs `imagenet_samples.zip` in the folder that PYACCEL_TEST_DATA names, or in ../shared/data beside the
+checkout.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ HERE = Path(__file__).parent
 INTERVAL = 600.0  # seconds between checkpoints, as the trainer has it without other wishes
 
 
-# --------------------------------------------------------------------------------------------------------- two processes
+# -------------------------------------------------------------------------------------------------------- two processes
 
 
 def run_ranks(out: Path, processes: int, steps: int, norms: str) -> list[dict]:
@@ -71,10 +73,10 @@ def test_two_processes(tmp_path, table, quick, device):
         return sum(rank["losses"][0] for rank in ranks) / len(ranks)
 
     alone, together = first_loss("one process, two threads"), first_loss("two processes, synchronised BNTT")
-    assert abs(alone - together) < 1e-2 * alone  # the same images, draws and statistics; sums in another order flip spikes
+    assert abs(alone - together) < 1e-2 * alone  # sums in another order flip some spikes
 
     def of_all(name: str) -> tuple[float, float, float]:
-        """Median and least wall seconds of a step, CPU seconds of a step over all processes; the first step left out."""
+        """Of a step: median and least wall seconds, CPU seconds of all processes; the first step is left out."""
         wall = [seconds for ranks in found[name] for seconds in ranks[0]["wall"][1:]]
         cpu = [sum(parts) for ranks in found[name] for parts in zip(*(rank["cpu"][1:] for rank in ranks), strict=True)]
         return median(wall), min(wall), median(cpu)
@@ -84,11 +86,12 @@ def test_two_processes(tmp_path, table, quick, device):
         wall, least, cpu = of_all(name)
         table.append({
             "run": name, "step, s": wall, "least, s": least, "CPU s": cpu, "images/s": BATCH / wall,
-            "throughput": base[0] / wall, "of the least": base[1] / least, "of the CPU time": base[2] / cpu, "goal": 0.9,
+            "throughput": base[0] / wall, "of the least": base[1] / least, "of the CPU time": base[2] / cpu,
+            "goal": 0.9,
         })  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("name", ["vgg9 at desk width", "vgg9", "resnet34, ImageNet", "vgg16, ImageNet"])
@@ -115,11 +118,12 @@ def test_checkpoint_pause(name, tmp_path, table, quick, device):
     assert all(torch.equal(read[key], value.cpu()) for key, value in model.state_dict().items())
     size = sum(file.stat().st_size for file in written.iterdir())
     pause = max(pauses)
-    table.append({"network": name, "checkpoint, MB": size / 1e6, "longest pause, ms": 1e3 * pause, "written in, s": median(writes),
+    table.append({"network": name, "checkpoint, MB": size / 1e6, "longest pause, ms": 1e3 * pause,
+                  "written in, s": median(writes),
                   "share of 10 minutes, %": 100 * pause / INTERVAL, "goal, %": 1})  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 
 def test_batches(table, quick, device):
@@ -161,11 +165,12 @@ def test_batches(table, quick, device):
         "step with a batch reused, s": walls["reused"], "with batches made, s": walls["made"],
         "overhead, %": 100 * (walls["made"] / walls["reused"] - 1),
         "overhead in CPU time, %": 100 * (cpus["made"] / cpus["reused"] - 1),
-        "a batch made alone, CPU ms": 1e3 * alone, "of a step's CPU time, %": 100 * alone / cpus["reused"], "goal, %": 5,
+        "a batch made alone, CPU ms": 1e3 * alone, "of a step's CPU time, %": 100 * alone / cpus["reused"],
+        "goal, %": 5,
     })  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------------------------------------- decoding
 
 
 def samples() -> dict[str, bytes]:
@@ -199,7 +204,7 @@ def write_layouts(home: Path, files: dict[str, bytes], copies: int) -> None:
 
 
 def test_decoding(tmp_path, table, quick, device, monkeypatch):
-    """Training batches at 224x224: random resized crop, flip, normalised; and the middle of the whole image, for tests."""
+    """Training batches at 224x224: random resized crop, flip; and the middle of the whole image, as for tests."""
     if device.type != "cpu":
         pytest.skip("images are decoded on the CPU")
     from PIL import Image
@@ -225,6 +230,7 @@ def test_decoding(tmp_path, table, quick, device, monkeypatch):
                 rates.append((count / (time.process_time() - cpu), count / (time.perf_counter() - wall)))
             a_core, here = (max(rate[i] for rate in rates[1:]) for i in (0, 1))
             table.append({
-                "images": form, "from": name, "images/s a core": a_core, "images/s here": here, "threads": decoding_threads(),
+                "images": form, "from": name, "images/s a core": a_core, "images/s here": here,
+                "threads": decoding_threads(),
                 "median pixels": int(pixels), **{f"cores at {n} images/s": n / a_core for n in (250, 1000, 3000)},
             })  # fmt: skip

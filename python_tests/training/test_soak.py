@@ -90,7 +90,7 @@ def test_the_watch_itself(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_flat_and_the_log_continuous(tmp_path):
-    """After the first sixth of the time the process holds no more memory, files or threads: 2 % and 8 MiB are allowed."""
+    """After a sixth of the time the process holds no more memory, files or threads: 2 % and 8 MiB are allowed."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("no /proc here")
     minutes = float(os.environ.get("PYACCEL_SOAK_MINUTES", "60"))
