@@ -214,8 +214,8 @@ def main() -> None:
             image, source = 1 / measured[name], "MEASURED, as given"
         statistics = sum(4 * 5 * options.steps * channels for channels in work.statistics)
         gib = counted_bytes(model, options.batch, bf16) / 2**30
-        print(f"\n{name}: {work.parameters / 1e6:.1f} million parameters, {4 * work.parameters / 1e6:.0f} MB of gradients"
-              f"; an image and time step: {work.macs / 1e9:.2f} GMAC, {work.neurons / 1e6:.2f} million neurons; "
+        print(f"\n{name}: {work.parameters / 1e6:.1f} million parameters, {4 * work.parameters / 1e6:.0f} MB of "
+              f"gradients; an image and time step: {work.macs / 1e9:.2f} GMAC, {work.neurons / 1e6:.2f} million neurons; "
               f"{gib:.1f} GiB counted a GPU\nStatistics: {len(work.statistics)} layers, {2 * len(work.statistics)} "
               f"all-reduces, {statistics / 1e6:.2f} MB a step\n"
               f"One GPU: {1 / image:.0f} images/s, {source}")  # fmt: skip
