@@ -214,10 +214,12 @@ def main() -> None:
             image, source = 1 / measured[name], "MEASURED, as given"
         statistics = sum(4 * 5 * options.steps * channels for channels in work.statistics)
         gib = counted_bytes(model, options.batch, bf16) / 2**30
-        print(f"\n{name}: {work.parameters / 1e6:.1f} million parameters, {4 * work.parameters / 1e6:.0f} MB of "
-              f"gradients; an image and time step: {work.macs / 1e9:.2f} GMAC, {work.neurons / 1e6:.2f} million neurons; "
-              f"{gib:.1f} GiB counted a GPU\nStatistics: {len(work.statistics)} layers, {2 * len(work.statistics)} "
-              f"all-reduces, {statistics / 1e6:.2f} MB a step\n"
+        millions = work.parameters / 1e6
+        print(f"\n{name}: {millions:.1f} million parameters, {4 * millions:.0f} MB of gradients, "
+              f"{gib:.1f} GiB counted a GPU\n"
+              f"An image and time step: {work.macs / 1e9:.2f} GMAC, {work.neurons / 1e6:.2f} million neurons\n"
+              f"Statistics: {len(work.statistics)} layers, {2 * len(work.statistics)} all-reduces, "
+              f"{statistics / 1e6:.2f} MB a step\n"
               f"One GPU: {1 / image:.0f} images/s, {source}")  # fmt: skip
         print("| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS))
         for gpus in GPUS:
