@@ -69,7 +69,7 @@ def compare(kind: str, backend: str, steps: int = 3) -> None:
 
 @pytest.mark.parametrize("kind", QUICK)
 def test_a_network_is_one_graph_made_once(kind):
-    compare(kind, "eager" if kind == "residual" else "aot_eager")
+    compare(kind, "aot_eager" if kind == "bntt" else "eager")
 
 
 @pytest.mark.slow
