@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyaccel.nn.state import refuse_recomputation
 from pyaccel.reference.philox import DROPOUT, MASK, philox
 
 
@@ -32,6 +33,7 @@ class HeldDropout(nn.Module):
     def forward(self, spikes: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         if not self.training or self.p == 0:
             return spikes
+        refuse_recomputation(self, "the pass draws anew; networks take recompute_layers or recompute_steps instead")
         kept = self.kept(spikes.shape[1:], sample_ids)
         self.passes += 1
         return spikes.masked_fill(~kept, 0)

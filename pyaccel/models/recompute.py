@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,16 +33,14 @@ def piece_by_piece(
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"recompute_steps: {name} takes its statistics over all time steps; recompute layers instead")
     neurons = [module for module in network.modules() if isinstance(module, Stateful)]
-    drawn_once = [m for m in network.modules() if hasattr(m, "passes")]
-    numbers = [m.passes.clone() for m in drawn_once]
+    numbers = _passes(network)
     states: list[Tensor] = []
     sum_of_all = None
     for first in range(0, steps, piece):
         count = min(piece, steps - first)
 
         def run(*carried: Tensor, first=first, count=count) -> tuple[Tensor, ...]:
-            for module, number in zip(drawn_once, numbers, strict=True):
-                module.passes.copy_(number)  # one pass, however many pieces: what is held over time stays held
+            _set_passes(numbers)  # one pass, however many pieces: what is held over time stays held
             with _carrying(neurons, first, carried), _from_step(encoder, first):
                 found = total(images if isinstance(encoder, PoissonEncoder) else images[first : first + count], count)
                 return found, *(state for neuron in neurons for state in neuron.carried_state())
@@ -85,28 +82,40 @@ def _from_step(encoder: nn.Module, first: int) -> Iterator[None]:
         encoder.key[2] -= first
 
 
+Passes = list[tuple[nn.Module, Tensor | int]]
+
+
+def _passes(module: nn.Module) -> Passes:
+    """The modules that draw anew at every pass, each with the number of its next one."""
+    return [(m, m.passes.clone() if isinstance(m.passes, Tensor) else m.passes)
+            for m in module.modules() if hasattr(m, "passes")]  # fmt: skip
+
+
+def _set_passes(passes: Passes) -> None:
+    for module, number in passes:
+        if isinstance(number, Tensor):
+            module.passes.copy_(number)
+        else:
+            module.passes = number
+
+
 def _repeatable(module: nn.Module, run: Callable) -> Callable:
     """`run`, whose second call draws what the first did, and moves no statistics of torch's BatchNorm again."""
-    counters = [m for m in module.modules() if hasattr(m, "passes")]
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     statistics = [buffer for norm in norms for buffer in norm.buffers()]
-    before: list[Tensor] = []
+    before: list[Passes] = []
 
     def once_more(*arguments):
         if not before:
-            before.extend(m.passes.clone() for m in counters)
-            before.append(torch.empty(0))  # not empty any more, also without counters
+            before.append(_passes(module))
             return run(*arguments)
-        now = [m.passes.clone() for m in counters]
-        moved = [buffer.clone() for buffer in statistics]
+        now, moved = _passes(module), [buffer.clone() for buffer in statistics]
         try:
-            for m, number in zip(counters, before, strict=False):
-                m.passes.copy_(number)
+            _set_passes(before[0])
             with repeating():
                 return run(*arguments)
         finally:
-            for m, number in zip(counters, now, strict=True):
-                m.passes.copy_(number)
+            _set_passes(now)
             for buffer, value in zip(statistics, moved, strict=True):
                 buffer.data.copy_(value)  # unseen by autograd, which has just saved the buffer and reads nothing of it
 

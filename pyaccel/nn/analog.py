@@ -12,6 +12,7 @@ from torch.nn import functional
 from pyaccel import ops
 from pyaccel.hardware import CrossbarConfig
 from pyaccel.hardware.mapping import conductances, from_tiles, gain, program, to_tiles
+from pyaccel.nn.state import refuse_recomputation
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -140,6 +141,7 @@ class _Analog:
             self._measure(x, arrays)
         per_siemens = 0.0
         if config.read_noise:
+            refuse_recomputation(self, "the pass draws its read noise anew; leave it outside the block")
             per_siemens = float(self.weight.detach().abs().amax()) / (config.g_max - config.g_min)
         total: Tensor | float = 0.0
         for index, (positive, *negative) in enumerate(arrays.unbind(0)):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pyaccel import models
+from pyaccel.hardware import SramConfig
+from pyaccel.models.dropout import HeldDropout
+from pyaccel.nn import NoisyMemory
 
 KINDS = {
     "bntt": dict(name="vgg5", steps=7),
@@ -91,3 +95,14 @@ def test_nothing_is_recomputed_without_gradients_and_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="recompute_steps must be at least 1, got 0"):
         models.build("vgg5", classes=4, spiking=True, recompute_steps=0)
     assert isinstance(model.readout, nn.Linear)
+
+
+def test_layers_that_draw_anew_refuse_a_plain_checkpoint():
+    """A second pass through them would draw other numbers: wrong gradients, in silence."""
+    dropout = HeldDropout(0.5)
+    memory = NoisyMemory(SramConfig(8, n8t=0, p6=0.1), scale=0.1, signed=True, redraw=True)
+    x = torch.rand(2, 3, 4, requires_grad=True)
+    for layer in (dropout, memory):
+        out = checkpoint(layer, x, use_reentrant=False)
+        with pytest.raises(RuntimeError, match=f"{type(layer).__name__}: a checkpointed block cannot repeat this layer"):
+            out.sum().backward()
