@@ -237,10 +237,11 @@ class Trainer:
                     self._check_finite()
                     self.log.event("step", **self._row())
                 self._writer.check()
-                due, signal = distributed.largest(self._is_due(), stop.signal)
-                if due:
-                    self._save()
-                self._leave_if(signal)
+                if self._ranks_agree():
+                    due, signal = distributed.largest(self._is_due(), stop.signal)
+                    if due:
+                        self._save()
+                    self._leave_if(signal)
                 if self._is_cut():
                     return
         if self.batch != len(self.train_batches):
@@ -321,6 +322,12 @@ class Trainer:
             self._writer.submit(lambda: write_checkpoint(self.out / CHECKPOINTS, taken, keep=self.keep, best=best))
         self._saved = (self.epoch, self.step)
         self._last_save = self._clock = time.monotonic()
+
+    def _ranks_agree(self) -> bool:
+        """Whether the ranks ask each other after this step what to do: a message around all of them, so that many ask
+        seldom, every 64 steps of 512 processes. A question of steps is the same for all."""
+        by_steps = self.checkpoint_steps is not None and self.step % self.checkpoint_steps == 0
+        return by_steps or self.step % max(1, self.world // 8) == 0
 
     def _is_due(self) -> bool:
         """Whether to save now. Ranks have clocks of their own: they agree by `distributed.largest`."""
