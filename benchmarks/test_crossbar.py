@@ -28,7 +28,8 @@ def tiles(count: int, size: int, dtype: torch.dtype, device="cpu") -> torch.Tens
 def check(g: torch.Tensor) -> None:
     exact = reference.crossbar_matrix(g[:1].double().cpu(), **OHM)
     error = (ops.crossbar_matrix(g[:1], **OHM).double().cpu() / exact - 1).abs().max()
-    assert error < (5e-6 if g.dtype == torch.float32 else 1e-11)
+    single = 5e-6 if g.shape[-1] <= 128 else 1e-5  # promised up to 128 rows; the error grows with their number
+    assert error < (single if g.dtype == torch.float32 else 1e-11)
 
 
 def name(dtype: torch.dtype) -> str:
