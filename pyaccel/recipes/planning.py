@@ -16,6 +16,7 @@ from torch import nn
 
 from pyaccel.data import Batch, EventFolder
 from pyaccel.recipes.classifier import ClassifierConfig, Loss, device_of, open_data, sgd
+from pyaccel.training.loop import AMP_TYPES
 from pyaccel.training.plan import StepMemory, measure_step, step_memory
 
 LINE = "measured: "
@@ -89,7 +90,7 @@ def plan(recipe: str, module: ModuleType, config: Any, again: Sequence[str] | No
     found = []
     for name, network in networks_of(recipe, module, config, images).items():
         def counted(n: int, model=network.build(), loss=network.loss) -> StepMemory:
-            return step_memory(model, optimize(config), loss, batch_of(images, n), amp=_amp(config))
+            return step_memory(model, optimize(config), loss, batch_of(images, n), amp=AMP_TYPES[config.amp])
 
         whole, bytes_, seconds = counted(size), None, None
         if again is None:
@@ -103,10 +104,6 @@ def plan(recipe: str, module: ModuleType, config: Any, again: Sequence[str] | No
             bytes_ = int(needed.at(size))
         found.append(Plan(name, size, whole, bytes_, seconds, limit, needed.reaches(limit)))
     return found
-
-
-def _amp(config: Any) -> torch.dtype | None:
-    return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ def measure(recipe: str, module: ModuleType, config: Any, name: str, size: int) 
     images, device = training_set(config, recipe, module), device_of(config)
     network = networks_of(recipe, module, config, images)[name]
     model, batch = network.build().to(device), batch_of(images, size, device)
-    bytes_, seconds = measure_step(model, optimize(config), network.loss, batch, amp=_amp(config))
+    bytes_, seconds = measure_step(model, optimize(config), network.loss, batch, amp=AMP_TYPES[config.amp])
     return LINE + json.dumps({"bytes": bytes_, "seconds": seconds})
 
 

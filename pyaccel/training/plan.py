@@ -89,12 +89,7 @@ def step_memory(model: nn.Module, optimize: Optimize, loss_fn: Loss, batch: Any,
             optimizer = optimize(stand_in)
             for _ in range(2):  # the first step makes the optimizer's state
                 live.peak = live.now
-                optimizer.zero_grad(set_to_none=True)
-                with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
-                    loss, _ = loss_fn(stand_in, batch)
-                loss.backward()
-                del loss
-                optimizer.step()
+                _step(stand_in, optimizer, loss_fn, batch, "cpu", amp)
             gradients = sum(_bytes(p.grad) for p in stand_in.parameters() if p.grad is not None)
             state = sum(_bytes(leaf) for leaf in tree_leaves(optimizer.state_dict()["state"]) if isinstance(leaf, Tensor))
             return StepMemory(weights, gradients, state, live.peak)
@@ -112,16 +107,21 @@ def measure_step(model: nn.Module, optimize: Optimize, loss_fn: Loss, batch: Any
     model.train()
     for _ in range(steps):
         started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            loss, _ = loss_fn(model, batch)
-        loss.backward()
-        del loss
-        optimizer.step()
+        _step(model, optimizer, loss_fn, batch, device.type, amp)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - started)
     return peak_memory(device), statistics.median(found[1:])
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss, batch: Any, device: str,
+          amp: torch.dtype | None) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(device, amp or torch.bfloat16, enabled=amp is not None):
+        loss, _ = loss_fn(model, batch)
+    loss.backward()
+    del loss
+    optimizer.step()
 
 
 def peak_memory(device: torch.device) -> int:
