@@ -53,7 +53,7 @@ struct MatrixGradient {
   const void* conductance = nullptr;
   const void* grad_effective = nullptr;    // [count, M, N]
   void* grad_conductance = nullptr;        // [count, M, N]
-  int64_t history_bytes = int64_t{64} << 20;  // a thread: ladder states kept; beyond, they are recomputed block by block
+  int64_t history_bytes = 0;  // a thread: ladder states kept; beyond, they are computed twice, block by block
 };
 
 // One converter: code = round_half_even(v * inverse) clamped to -top .. top, value = code * step. top = 0: none.

@@ -91,7 +91,7 @@ void add_row(const View& view, const RowLines& line, int64_t i, const Block<S>& 
       }
     }
     row[k] += static_cast<S>(line.own[k][lane]);
-    for (int64_t c = k / 8 * 8; c < k; ++c) y.row(c)[k] = row[c];  // the diagonal block is kept whole
+    for (int64_t c = k / kBlock<S> * kBlock<S>; c < k; ++c) y.row(c)[k] = row[c];  // the diagonal block is kept whole
     x.row(k)[i] = static_cast<S>(line.drive[k][lane]);
   }
 }
@@ -123,8 +123,8 @@ struct Ladder {
     x = {nullptr, distance<S>(padded<S>(view.rows))};
     y.at = space.take<S>(n * y.ld);
     x.at = space.take<S>(n * x.ld);
-    work.panel = {space.take<S>(8 * y.ld), y.ld};
-    work.update = {space.take<S>(8 * y.ld), y.ld};
+    work.panel = {space.take<S>(16 * y.ld), y.ld};
+    work.update = {space.take<S>(16 * y.ld), y.ld};
     work.right = {space.take<S>(8 * distance<S>(right)), distance<S>(right)};
     work.strip = space.take<S>(n * kWidest * Simd<S>::lanes);
     line.g = space.take<Wide>(n);
@@ -136,7 +136,7 @@ struct Ladder {
   }
   static int64_t bytes(const View& view, int64_t copies) {
     const int64_t n = padded<S>(view.columns), right = copies * padded<S>(view.rows), lanes = Simd<S>::lanes;
-    return static_cast<int64_t>(sizeof(S)) * ((n + 16) * (n + 16) + (n + 8) * (right + 16) + 16 * (n + 16) + n * kWidest * lanes) +
+    return static_cast<int64_t>(sizeof(S)) * ((n + 16) * (n + 16) + (n + 8) * (right + 16) + 32 * (n + 16) + n * kWidest * lanes) +
            static_cast<int64_t>(sizeof(Wide)) * RowLines::arrays * n + 8 * (n + kWide) + 64 * 16;
   }
 

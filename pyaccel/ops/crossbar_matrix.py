@@ -9,8 +9,9 @@ from pyaccel import extension, reference
 from pyaccel.ops import checks
 from pyaccel.ops.library import register
 
-# Ladder states that a thread keeps for the gradient of a tile; larger tiles recompute them block by block.
-HISTORY_BYTES = 64 << 20
+# Ladder states that all threads together keep for the gradients of their tiles (256 x 256: 140 MiB a tile in float32);
+# where that is not enough, they are computed twice, block by block.
+HISTORY_BYTES = 1 << 30
 
 
 def crossbar_matrix(
@@ -116,9 +117,8 @@ def _backward_kernel(grad, conductance, *ohm):
     out = _fake(conductance)
     if out.numel():
         flat = _flat(conductance)
-        extension._C.crossbar.matrix_gradient(
-            flat, ohm, _flat(grad), out.view_as(flat), HISTORY_BYTES, _scratch(flat, ohm, True)
-        )
+        history = HISTORY_BYTES // min(len(flat), torch.get_num_threads())
+        extension._C.crossbar.matrix_gradient(flat, ohm, _flat(grad), out.view_as(flat), history, _scratch(flat, ohm, True))
     return out
 
 
