@@ -24,6 +24,10 @@ from pyaccel.nn.memory import without_failures
 GRADIENTS = ("noisy", "clean", "averaged")
 
 
+class NoGradientError(ValueError):
+    """Every gradient that an attack would follow is exactly zero: it would do nothing, and look like robustness."""
+
+
 def fgsm(
     model: nn.Module | Callable[[Tensor], Tensor],
     x: Tensor,
@@ -69,8 +73,8 @@ def pgd(
         Attacked images: within eps of x, within [0, 1].
 
     Raises:
-        ValueError for wrong arguments; for a model in training mode; and where the gradient of the whole batch is exactly
-        zero: such an attack does nothing, and its accuracy would pass for robustness.
+        ValueError for wrong arguments and for a model in training mode; NoGradientError, a ValueError too, where the
+        gradient of the whole batch is exactly zero: such an attack does nothing, and its accuracy would pass for robustness.
     """
     _check(model, x, y, eps, step, steps, samples, gradient, variant)
     attacked = x.detach()
@@ -139,7 +143,7 @@ def _input_gradient(model, x: Tensor, y: Tensor, samples: int, gradient: str, lo
             if grad is not None:
                 total += grad
     if x.numel() and not total.any():
-        raise ValueError(
+        raise NoGradientError(
             "attack: the gradient of the whole batch is exactly zero, so the attack would do nothing and look like robustness; "
             "look for a saturated loss, a dead layer or an operation without gradient"
         )
@@ -275,7 +279,9 @@ def _gradients(model: nn.Module, stored: list[_Stored], batch: tuple[Tensor, Ten
     for layer, grad in zip(stored, grads, strict=True):
         layer.gradient = grad.detach() * layer.scale
     if not any(layer.gradient.any() for layer in stored):
-        raise ValueError("flip_parameters: every gradient is exactly zero; the attack has nothing to go by (a saturated loss?)")
+        raise NoGradientError(
+            "flip_parameters: every gradient is exactly zero; the attack has nothing to go by (a saturated loss?)"
+        )
     return float(loss.detach())
 
 

@@ -282,7 +282,7 @@ def test_refusals():
         SpikingTarget(network, MEAN)
     with pytest.raises(ValueError, match="steps_at_once must be at least 1"):
         SpikingTarget(network, steps_at_once=0)
-    with pytest.raises(ValueError, match="gradient of the whole batch is exactly zero"):
+    with pytest.raises(attacks.NoGradientError, match="gradient of the whole batch is exactly zero"):
         spiking_attacks.fgsm(
             SpikingTarget(network, steps=4), images, labels, 0.1
         )  # four layers: nothing arrives in time

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyaccel import models
 from pyaccel.recipes import plots
@@ -45,7 +45,7 @@ from pyaccel.recipes.hybrid_training import (
     tune,
 )  # fmt: skip
 from pyaccel.recipes.report import Report, write
-from pyaccel.recipes.snn_robustness_measure import Bench, agreement, controls, sweeps
+from pyaccel.recipes.snn_robustness_measure import Bench, agreement, controls, share, sweeps
 from pyaccel.recipes.snn_robustness_report import describe, results
 from pyaccel.training import seed_everything
 
@@ -105,11 +105,12 @@ class Config(HybridConfig):
 
 
 PAPER = Config()
+# Leaks of DESK: with 0.7, the last three of five layers are silent, and the tuning finds no gradient.
 DESK = replace(
     PAPER, preset="desk", train_images=4_000, watch_images=300, test_images=200, width=0.125, dropout=(0.0, 0.1),
-    epochs=6, lr=3e-2, balance_images=64, balance_steps=150, tune_epochs=2, tune_lr=1e-3, tune_weight_decay=0.0,
+    epochs=6, lr=3e-2, balance_images=64, balance_steps=150, tune_epochs=4, tune_lr=1e-3, tune_weight_decay=0.0,
     tune_batch_size=32, tune_images=1_500, steps=20, conv_steps=100, bntt_steps=8, eps=(4 / 255,), step=1 / 255,
-    attack_images=100, surrogates=("atan", "rectangle"), draws=3, sweep_steps=(10, 40), sweep_leaks=(1.0, 0.7),
+    attack_images=100, surrogates=("atan", "rectangle"), draws=3, sweep_steps=(10, 20, 40), sweep_leaks=(1.0, 0.99, 0.9),
     sweep_at=20, sweep_eps=4 / 255, agree_steps=(10, 30, 100),
 )  # fmt: skip
 DESK_DIGITS = replace(
@@ -119,8 +120,8 @@ DESK_DIGITS = replace(
 SMOKE = replace(
     DESK_DIGITS, preset="smoke", data="digits8", model="mlp", width=1.0, epochs=12, batch_size=32, lr=5e-2,
     watch_images=None, test_images=None, balance_images=256, balance_steps=100, steps=10, conv_steps=60, tune_epochs=4,
-    eps=(0.125,), step=0.03, attack_images=120, networks=NETWORKS, sweep_steps=(5, 20), sweep_at=10, sweep_eps=0.125,
-    agree_steps=(10, 60), seeds=(0, 1),
+    eps=(0.125,), step=0.03, attack_images=120, networks=NETWORKS, sweep_steps=(5, 20), sweep_leaks=(1.0, 0.7),
+    sweep_at=10, sweep_eps=0.125, agree_steps=(10, 60), seeds=(0, 1),
 )  # fmt: skip
 PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 
@@ -222,11 +223,13 @@ class Trained:
         )
 
     def tuned(self, steps: int, leak: float) -> nn.Module:
-        snn = scaled(self.converted(steps, leak), self.config.scale)
-        if self.config.tune_epochs:
-            part = f"bp-T{steps}-leak{leak:g}/{self.folder}"
-            tune(self.config, snn, self.train, self.test, self.seed, self.out, part, self.resume, FREE)
-        return snn
+        part = f"bp-T{steps}-leak{leak:g}/{self.folder}"
+        if part not in self.made:  # sweeps come to the same point twice
+            snn = scaled(self.converted(steps, leak), self.config.scale)
+            if self.config.tune_epochs:
+                tune(self.config, snn, self.train, self.test, self.seed, self.out, part, self.resume, FREE)
+            self.made[part] = snn
+        return self.made[part]
 
     def bntt(self) -> nn.Module:
         config, train = self.config, self.train
@@ -250,15 +253,12 @@ class Trained:
         return model
 
 
-def measure(config: Config, train: Images, test: Images, seed: int, out: Path, resume: str) -> dict[str, float]:
-    """Every figure of one seed by name: accuracies 0..1, cosines and agreements."""
+def measure(config: Config, train: Images, test: Images, seed: int, out: Path, resume: str) -> dict[str, float | None]:
+    """Every figure of one seed by name: accuracies 0..1, cosines and agreements; None where an attack found no
+    gradient."""
     own, other = (Trained(config, train, test, s, out, resume) for s in (seed, seed + OTHER))
     bench = Bench(config, chosen(chosen(test, config.test_images), config.attack_images))
     clean_images, found = bench.made(None), {}
-
-    def share(right: Tensor) -> float:
-        return float(right.double().mean())
-
     for kind in config.networks:
         found[f"{kind}/clean"] = share(bench.right(own[kind], clean_images))
     for eps in config.eps:

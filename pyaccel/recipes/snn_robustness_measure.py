@@ -52,7 +52,15 @@ class Bench:
             x + eps * (2.0 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x.device)
         ).clamp(0, 1)
 
-    def made(self, attack: Attack | None) -> list[Batch]:
+    def made(self, attack: Attack | None) -> list[Batch] | None:
+        """Attacked images, the clean ones without an attack. None where an attack finds no gradient, as on a dead
+        network: a sweep goes on without it."""
+        try:
+            return self._made(attack)
+        except attacks.NoGradientError:
+            return None
+
+    def _made(self, attack: Attack | None) -> list[Batch]:
         device, found = device_of(self.config), []
         for batch in plain_batches(self.config, self.images, normalise=False).epoch(0):
             x, y = batch.images.to(device), batch.labels.to(device)
@@ -60,8 +68,11 @@ class Bench:
         return found
 
     @torch.no_grad()
-    def right(self, network: nn.Module, batches: list[Batch]) -> Tensor:
-        """Which images the network gets right, bool `[N]`; a spiking one with the noise that no attacker saw."""
+    def right(self, network: nn.Module, batches: list[Batch] | None) -> Tensor | None:
+        """Which images the network gets right, bool `[N]`; a spiking one with the noise that no attacker saw. None for
+        no images."""
+        if batches is None:
+            return None
         target = self.target(network)
         if isinstance(target, SpikingTarget):
             answers = [network(target._normalised(b.images), b.sample_ids).argmax(1) == b.labels for b in batches]
@@ -70,22 +81,25 @@ class Bench:
         return torch.cat(answers)
 
 
-def controls(config: Config, bench: Bench, own: Trained, kind: str, eps: float) -> dict[str, float]:
+def share(right: Tensor | None) -> float | None:
+    """Accuracy 0..1; None where nothing was attacked: the clean accuracy would pass for robustness."""
+    return None if right is None else float(right.double().mean())
+
+
+def controls(config: Config, bench: Bench, own: Trained, kind: str, eps: float) -> dict[str, float | None]:
     """PGD of radius `eps` on a spiking network by other ways, and an image right only if it withstands all of them."""
     say(f"seed {own.seed}: controls of {kind}")
     network = own[kind]
     ways = {"tuned surrogate": bench.pgd(network, eps), f"{config.draws} draws": bench.pgd(network, eps, config.draws)}
     ways |= {surrogate: bench.pgd(with_surrogate(network, surrogate), eps) for surrogate in config.surrogates}
     ways |= {"transfer from the artificial network": bench.pgd(own["ann"], eps), "fgsm": bench.fgsm(network, eps)}
-    found, worst = {}, torch.ones(len(bench.images), dtype=torch.bool, device=device_of(config))
-    for name, attack in ways.items():
-        right = bench.right(network, bench.made(attack))
-        worst &= right
-        found[f"{kind}/control/{name}"] = float(right.double().mean())
-    return found | {f"{kind}/control/worst of all": float(worst.double().mean())}
+    right = {name: bench.right(network, bench.made(attack)) for name, attack in ways.items()}
+    attacked = [answers for answers in right.values() if answers is not None]
+    right["worst of all"] = torch.stack(attacked).all(0) if attacked else None
+    return {f"{kind}/control/{name}": share(answers) for name, answers in right.items()}
 
 
-def sweeps(config: Config, bench: Bench, own: Trained) -> dict[str, float]:
+def sweeps(config: Config, bench: Bench, own: Trained) -> dict[str, float | None]:
     """FGSM on networks tuned for other steps and leaks: white-box, and transferred from the artificial network."""
     if not config.sweep_steps and not config.sweep_leaks:
         return {}
@@ -97,15 +111,13 @@ def sweeps(config: Config, bench: Bench, own: Trained) -> dict[str, float]:
         say(f"seed {own.seed}: sweep, {name}")
         network = own.tuned(steps, leak).to(device_of(config)).eval()
         cases = {"clean": clean, "transfer": moved, "white": bench.made(bench.fgsm(network, eps))}
-        found |= {
-            f"sweep/{name}/{case}": float(bench.right(network, images).double().mean())
-            for case, images in cases.items()
-        }
+        found |= {f"sweep/{name}/{case}": share(bench.right(network, images)) for case, images in cases.items()}
     return found
 
 
-def agreement(config: Config, bench: Bench, own: Trained, batches: list[Batch]) -> dict[str, float]:
-    """How alike SNN-Conv's gradients and the artificial network's are, image by image (medians), after more steps."""
+def agreement(config: Config, bench: Bench, own: Trained, batches: list[Batch]) -> dict[str, float | None]:
+    """How alike SNN-Conv's gradients and the artificial network's are, image by image (medians), after more steps; None
+    where no image has a gradient."""
     if not config.agree_steps or "conv" not in config.networks:
         return {}
     target, ann, found = bench.target(own["conv"]), bench.target(own["ann"]), {}
@@ -118,13 +130,12 @@ def agreement(config: Config, bench: Bench, own: Trained, batches: list[Batch]) 
         )
         same = expected.flatten(1)
         alive = (same.abs().amax(1) > 0) & (first.abs().amax(1) > 0) & (second.abs().amax(1) > 0)
-        if not alive.any():
-            continue
         cosine = nn.functional.cosine_similarity
         pairs = {
             "cosine": cosine(first, same),
             "sign": (first.sign() == same.sign()).double().mean(1),
             "draws": cosine(first, second),
         }
-        found |= {f"agreement/{steps}/{name}": float(values[alive].double().median()) for name, values in pairs.items()}
+        for name, values in pairs.items():
+            found[f"agreement/{steps}/{name}"] = float(values[alive].double().median()) if alive.any() else None
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyaccel.recipes.report import Report, Result, Section, summarise
@@ -10,12 +11,21 @@ from pyaccel.recipes.report import Report, Result, Section, summarise
 if TYPE_CHECKING:
     from pyaccel.recipes.snn_robustness import Config
 
+NO_GRADIENT = "no_gradient"  # a result NAME/no_gradient stands for the figure NAME of an attack that found none
+MISSING = "no gradient"
+WHY_MISSING = (
+    "No gradient: the gradient of a whole batch was exactly zero, and no figure is given; accuracy under an attack that "
+    "did nothing would look like robustness. Where the clean accuracy of the network is that of chance, it is a dead "
+    "network, layers of it silent (few steps, much leak): its accuracy under other attacks is chance too, and no sign of "
+    "robustness."
+)
 LABELS = {"ann": "artificial", "conv": "SNN-Conv", "bp": "SNN-BP", "bntt": "BNTT"}
 NONE = "no figure of the paper for this was read in a source; what is remembered of its tables is not printed"
 
 
-def results(config: Config, measured: Mapping[int, Mapping[str, float]]) -> list[Result]:
-    """Every figure of a run, over its seeds; accuracies in %."""
+def results(config: Config, measured: Mapping[int, Mapping[str, float | None]]) -> list[Result]:
+    """Every figure of a run, over its seeds; accuracies in %. In place of an attack without a gradient in some seed:
+    the share of such seeds, since the accuracy of the others alone would be of chosen seeds."""
     found: list[Result] = []
     runs = [measured[seed] for seed in config.seeds]
 
@@ -24,6 +34,9 @@ def results(config: Config, measured: Mapping[int, Mapping[str, float]]) -> list
 
     for name in runs[0]:
         if not all(name in run for run in runs):
+            continue
+        if any(run[name] is None for run in runs):
+            add(f"{name}/{NO_GRADIENT}", (run[name] is None for run in runs), "1")
             continue
         if name.startswith("agreement/"):
             add(name, (run[name] for run in runs), "1")
@@ -34,8 +47,8 @@ def results(config: Config, measured: Mapping[int, Mapping[str, float]]) -> list
             add(f"{name}/loss", (100 * (run[f"{kind}/clean"] - run[name]) for run in runs), "points")
     for eps in config.eps:
         for name in ("fgsm", "pgd"):
-            if {"ann", "bp"} <= set(config.networks):
-                keys = [f"{kind}/white/{name}/{eps:g}" for kind in ("bp", "ann")]
+            keys = [f"{kind}/white/{name}/{eps:g}" for kind in ("bp", "ann")]
+            if {"ann", "bp"} <= set(config.networks) and all(run[key] is not None for run in runs for key in keys):
                 add(
                     f"bp_minus_ann/white/{name}/{eps:g}",
                     (100 * (run[keys[0]] - run[keys[1]]) for run in runs),
@@ -47,7 +60,7 @@ def results(config: Config, measured: Mapping[int, Mapping[str, float]]) -> list
 def describe(report: Report) -> list[Section]:
     """The sections of report.md, made from the report alone."""
     sections = [_white(report), _black(report), _controls(report), _sweep(report), _agreement(report), _method(report)]
-    return [section for section in sections if section is not None]
+    return [_explained(section) for section in sections if section is not None]
 
 
 def _names(report: Report) -> set[str]:
@@ -55,7 +68,17 @@ def _names(report: Report) -> set[str]:
 
 
 def _text(report: Report, name: str, digits: int = 1) -> str:
+    if f"{name}/{NO_GRADIENT}" in _names(report):
+        missing = report[f"{name}/{NO_GRADIENT}"]
+        return MISSING if missing.n == 1 else f"{MISSING} ({round(missing.value * missing.n)} of {missing.n} seeds)"
     return report[name].text(digits) if name in _names(report) else ""
+
+
+def _explained(section: Section) -> Section:
+    """The section, and why cells have no figure where some have none."""
+    if not any(cell.startswith(MISSING) for row in section.table for cell in row):
+        return section
+    return replace(section, text=[*section.text, WHY_MISSING])
 
 
 def _white(report: Report) -> Section:
@@ -74,8 +97,8 @@ def _white(report: Report) -> Section:
                 gap = report[key]
                 spread = "" if gap.std is None else f" ± {gap.std:.1f}"
                 text.append(
-                    f"SNN-BP minus artificial, {name.upper()} of {eps:.3g}: {gap.value:+.1f}{spread} points ({gap.n} "
-                    f"seeds)."
+                    f"SNN-BP minus artificial, {name.upper()} of {eps:.3g}: {gap.value:+.1f}{spread} points "
+                    f"({gap.n} {'seed' if gap.n == 1 else 'seeds'})."
                 )
     text.append(
         "Each attacked with gradients crafted from itself; a spiking network is then judged by noise that the attack "
@@ -101,11 +124,12 @@ def _black(report: Report) -> Section:
 
 
 def _controls(report: Report) -> Section | None:
-    kinds = [kind for kind in ("bp", "bntt") if f"{kind}/control/worst of all" in _names(report)]
+    kinds = [kind for kind in ("bp", "bntt") if any(name.startswith(f"{kind}/control/") for name in _names(report))]
     if not kinds:
         return None
     prefix = f"{kinds[0]}/control/"
-    ways = [r.name.removeprefix(prefix) for r in report.results if r.name.startswith(prefix)]
+    names = (r.name.removesuffix(f"/{NO_GRADIENT}") for r in report.results)
+    ways = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     rows = [("PGD by", *(f"{LABELS[kind]}, %" for kind in kinds))]
     rows += [(way, *(_text(report, f"{kind}/control/{way}") for kind in kinds)) for way in ways]
     text = [
@@ -139,7 +163,7 @@ def _sweep(report: Report) -> Section | None:
 
 
 def _agreement(report: Report) -> Section | None:
-    steps = [t for t in report.config["agree_steps"] if f"agreement/{t}/cosine" in _names(report)]
+    steps = [t for t in report.config["agree_steps"] if _text(report, f"agreement/{t}/cosine")]
     if not steps:
         return None
     rows = [("steps", "cosine", "equal signs", "cosine of two draws")]
