@@ -21,6 +21,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -28,9 +29,11 @@ import pytest
 import torch
 from training_rank import AUGMENT, BATCH, images, network
 
-from pyaccel import models
+from pyaccel import models, recipes
+from pyaccel.cli import parse_run
 from pyaccel.data import Augment, Batches, open_images
 from pyaccel.data.images import decoding_threads
+from pyaccel.recipes import planning
 from pyaccel.recipes.bntt import logits
 from pyaccel.recipes.classifier import cross_entropy
 from pyaccel.training.checkpoint import load_checkpoint, snapshot, write_checkpoint
@@ -38,6 +41,41 @@ from pyaccel.training.checkpoint import load_checkpoint, snapshot, write_checkpo
 pytestmark = pytest.mark.benchmark
 HERE = Path(__file__).parent
 INTERVAL = 600.0  # seconds between checkpoints, as the trainer has it without other wishes
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(("recipe", "fields"), [
+    ("bntt", ["--norms", "[bntt]"]),
+    ("bntt", ["--norms", "[shared]"]),
+    ("hybrid_snn", []),
+    ("net2net", []),
+], ids=["bntt", "bntt, one BatchNorm", "hybrid_snn", "net2net"])  # fmt: skip
+def test_plan(recipe, fields, table, quick, device):
+    """What `pyaccel plan` of half a preset's batch says of the whole one, against that one; in processes of their own."""
+    arguments = [recipe, "--preset", "smoke" if quick else "desk", *fields, "--device", str(device)]
+    config, _, _ = parse_run(recipe, arguments[1:])
+    batch = config.batch_size
+    half = replace(config, batch_size=batch // 2)
+    for plan in planning.plan(recipe, recipes.find(recipe).load(), half, arguments, None):
+        if plan.batch != batch // 2:
+            continue  # a network with a batch of its own
+        found = planning.measure_apart([*arguments, "--at", str(batch), "--network", plan.network])
+        memory, time = plan.memory.at(batch), plan.time.at(batch)
+        table.append(
+            {
+                "recipe, network": f"{recipe}, {plan.network}",
+                "images a batch": batch,
+                "planned MiB": memory / 2**20,
+                "measured MiB": found["bytes"] / 2**20,
+                "planned / measured (goal 0.85 to 1.15)": memory / found["bytes"],
+                "planned s": time,
+                "measured s": found["seconds"],
+                "planned / measured time": time / found["seconds"],
+                "counted tensors of the planned batch, MiB": plan.counted.peak / 2**20,
+            }
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- two processes

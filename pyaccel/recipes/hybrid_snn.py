@@ -39,10 +39,12 @@ from pyaccel.recipes.hybrid_training import (
     build_ann,
     check_hybrid,
     convert,
+    planned,
     scaled,
     train_ann,
     tune,
 )  # fmt: skip
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.report import Report, write
 from pyaccel.surgery.converted import ConvertedNetwork
 from pyaccel.training import accuracy
@@ -104,6 +106,12 @@ class Measurement:
     reduced: dict[str, list[float]]  # at the reduced scale, after each step of the curve up to T
     activity: dict[str, list[LayerActivity]]  # at T
     seconds: dict[str, float]
+
+
+def networks(config: Config, images: Images) -> dict[str, Network]:
+    """What this recipe trains, for `pyaccel plan`; the surrogates need the same."""
+    surrogate = config.surrogates[0] if config.surrogates else "stdb"
+    return planned(config, images, surrogate=surrogate, steps=config.steps, leak=config.leak, mean_readout=False)
 
 
 def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:

@@ -23,12 +23,14 @@ from pyaccel.recipes.classifier import (
     Images,
     check_fields,
     chosen,
+    cross_entropy,
     device_of,
     plain_batches,
     sgd,
     train_classifier,
 )  # fmt: skip
 from pyaccel.recipes.folder import resume_from
+from pyaccel.recipes.planning import Network
 from pyaccel.surgery.converted import ConvertedNetwork
 from pyaccel.surgery.thresholds import set_threshold
 from pyaccel.training import History, distributed, seed_everything
@@ -132,16 +134,23 @@ def train_ann(
     return model.eval(), history
 
 
+def unbalanced(
+    config: HybridConfig, ann: nn.Module, seed: int, *, surrogate: str, steps: int, leak: float, mean_readout: bool
+) -> ConvertedNetwork:
+    """The spiking network of `ann` with all thresholds at 1."""
+    snn = surgery.to_spiking(
+        ann, steps=steps, leak=leak, gain=config.gain, seed=seed, mean_readout=mean_readout, **SURROGATES[surrogate]
+    )
+    return snn.to(memory_format=torch.channels_last)
+
+
 def convert(
     config: HybridConfig, ann: nn.Module, train: Images, seed: int, file: Path, *, surrogate: str, steps: int,
     leak: float,
     mean_readout: bool,
 ) -> ConvertedNetwork:  # fmt: skip
     """The spiking network of `ann` with thresholds at scale 1: measured, and kept in `file` for the next time."""
-    snn = surgery.to_spiking(
-        ann, steps=steps, leak=leak, gain=config.gain, seed=seed, mean_readout=mean_readout, **SURROGATES[surrogate]
-    )
-    snn.to(memory_format=torch.channels_last).eval()
+    snn = unbalanced(config, ann, seed, surrogate=surrogate, steps=steps, leak=leak, mean_readout=mean_readout).eval()
 
     def measured() -> dict[str, float]:
         images = plain_batches(replace(config, batch_size=config.balance_images), chosen(train, config.balance_images))
@@ -172,6 +181,25 @@ def spiking_logits(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch.images.contiguous(memory_format=torch.channels_last), batch.sample_ids)
 
 
+def tuner(config: HybridConfig, snn: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(snn.parameters(), config.tune_lr, weight_decay=config.tune_weight_decay, amsgrad=True)
+
+
+def planned(config: HybridConfig, images: Images, **conversion: Any) -> dict[str, Network]:
+    """The artificial network and a tuned one, for `pyaccel plan`. conversion: as `unbalanced` takes it."""
+    def ann() -> nn.Module:
+        return build_ann(config, images, config.seeds[0])
+
+    def tuned() -> nn.Module:
+        return unbalanced(config, ann(), config.seeds[0], **conversion)
+
+    found = {"artificial": Network(ann, cross_entropy())}
+    if config.tune_epochs:
+        size = config.tune_batch_size or config.batch_size
+        found["tuned"] = Network(tuned, cross_entropy(spiking_logits), lambda model: tuner(config, model), size)
+    return found
+
+
 def tune(
     config: HybridConfig,
     snn: ConvertedNetwork,
@@ -185,7 +213,7 @@ def tune(
 ) -> History:
     """Train the weights of a converted network in place, by backpropagation through its time steps."""
     snn.to(device_of(config))
-    optimizer = torch.optim.Adam(snn.parameters(), config.tune_lr, weight_decay=config.tune_weight_decay, amsgrad=True)
+    optimizer = tuner(config, snn)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops(config.tune_epochs), 0.2)
     own = replace(config, batch_size=config.tune_batch_size or config.batch_size)
     history = train_classifier(

@@ -17,35 +17,65 @@ from torch import nn
 from pyaccel.data import Batch, EventFolder
 from pyaccel.recipes.classifier import ClassifierConfig, Loss, device_of, open_data, sgd
 from pyaccel.training.loop import AMP_TYPES
-from pyaccel.training.plan import StepMemory, measure_step, step_memory
+from pyaccel.training.plan import Optimize, StepMemory, measure_step, step_memory
 
 LINE = "measured: "
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network that a recipe trains: made on the CPU by `build()`, trained with `loss`."""
+    """A network that a recipe trains: made on the CPU by `build()`, trained with `loss`.
+
+    optimizer: makes its optimizer; None: the configuration's SGD. batch_size: images a batch; None: the configuration's.
+    """
 
     build: Callable[[], nn.Module]
     loss: Loss
+    optimizer: Optimize | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """The line through two points (batch size, what it needs), never falling."""
+
+    first: tuple[int, float]
+    second: tuple[int, float]
+
+    @property
+    def slope(self) -> float:
+        return max(0.0, (self.second[1] - self.first[1]) / (self.second[0] - self.first[0]))
+
+    def at(self, size: float) -> float:
+        return self.second[1] + self.slope * (size - self.second[0])
+
+    def reaches(self, limit: float) -> int:
+        """The largest size that needs no more than `limit`; 0 where none does."""
+        if self.slope == 0:
+            raise ValueError(f"plan: batches of {self.first[0]} and {self.second[0]} need the same; plan a larger batch")
+        return max(0, int((limit - self.at(0)) // self.slope))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds of a training step of one network at `batch` images a process.
+    """A training step of one network at `batch` images a process.
 
-    counted: tensors alive at once, from a step without data. bytes: with what libraries and allocators take beside them,
-    on the line through two measured smaller batches, as is `seconds`; None where nothing was measured. largest: the
-    largest batch whose `bytes` (without them, whose counted ones) stay within `limit` bytes, on such a line.
+    counted: bytes of the tensors alive at once, from a step without data. memory: bytes by the size of the batch, with
+    what libraries and allocators take beside tensors where it was measured; else of counted tensors. time: seconds by the
+    size of the batch; None where nothing was measured. limit: bytes that a batch may need.
     """
 
     network: str
     batch: int
     counted: StepMemory
-    bytes: int | None
-    seconds: float | None
+    memory: Line
+    time: Line | None
     limit: int
-    largest: int
+
+    @property
+    def largest(self) -> int:
+        """The largest batch that needs no more than `limit` bytes."""
+        return self.memory.reaches(self.limit)
 
 
 def training_set(config: ClassifierConfig, recipe: str, module: ModuleType) -> Any:
@@ -77,57 +107,53 @@ def batch_of(images: Any, size: int, device: torch.device | str = "cpu") -> Batc
     return Batch(*(tensor.to(device) for tensor in batch))
 
 
-def optimize(config: ClassifierConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    return lambda model: sgd(config, model)
+def optimizer_of(config: ClassifierConfig, network: Network) -> Optimize:
+    return network.optimizer or (lambda model: sgd(config, model))
 
 
 def plan(recipe: str, module: ModuleType, config: Any, again: Sequence[str] | None, limit: int | None) -> list[Plan]:
     """A plan of each network. again: the arguments of `pyaccel plan` that measure, in a process of its own each; None:
     only count. limit: bytes of memory; None: what the device has."""
     images = training_set(config, recipe, module)
-    size = max(1, config.batch_size // (config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))))
+    parts = config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     limit = memory_of(device_of(config)) if limit is None else limit
     found = []
     for name, network in networks_of(recipe, module, config, images).items():
-        def counted(n: int, model=network.build(), loss=network.loss) -> StepMemory:
-            return step_memory(model, optimize(config), loss, batch_of(images, n), amp=AMP_TYPES[config.amp])
+        size = max(1, (network.batch_size or config.batch_size) // parts)
 
-        whole, bytes_, seconds = counted(size), None, None
-        if again is None:
-            half = max(2, size // 2) if size != 2 else 4
-            needed = Line((half, counted(half).peak), (size, whole.peak))
-        else:
-            sizes = [max(2, size // 4), max(4, size // 2)]  # batch statistics want more than one image
-            low, high = (_measured([*again, "--at", str(n), "--network", name]) for n in sizes)
-            needed = Line((sizes[0], low["bytes"]), (sizes[1], high["bytes"]))
-            seconds = Line((sizes[0], low["seconds"]), (sizes[1], high["seconds"])).at(size)
-            bytes_ = int(needed.at(size))
-        found.append(Plan(name, size, whole, bytes_, seconds, limit, needed.reaches(limit)))
+        def counted(n: int, network=network, model=network.build()) -> StepMemory:
+            return step_memory(model, optimizer_of(config, network), network.loss, batch_of(images, n),
+                               amp=AMP_TYPES[config.amp])  # fmt: skip
+
+        whole, half = counted(size), max(2, size // 2) if size != 2 else 4
+        memory, time = Line((half, counted(half).peak), (size, whole.peak)), None
+        if again is not None:
+            memory, time = measured_lines([*again, "--network", name], size)
+        found.append(Plan(name, size, whole, memory, time, limit))
     return found
 
 
-@dataclass(frozen=True)
-class Line:
-    """The line through two points (batch size, what it needs), never falling."""
+def measured_lines(arguments: Sequence[str], size: int) -> tuple[Line, Line]:
+    """Bytes and seconds by the size of the batch: through this batch and half of it, or, where it does not run (too large
+    for the device, say), through half and a quarter."""
+    def points(*sizes: int) -> tuple[Line, Line]:
+        found = [measure_apart([*arguments, "--at", str(n)]) for n in sizes]
+        bytes_, seconds = ([(n, row[what]) for n, row in zip(sizes, found, strict=True)] for what in ("bytes", "seconds"))
+        return Line(*bytes_), Line(*seconds)
 
-    first: tuple[int, float]
-    second: tuple[int, float]
-
-    @property
-    def slope(self) -> float:
-        return max(0.0, (self.second[1] - self.first[1]) / (self.second[0] - self.first[0]))
-
-    def at(self, size: float) -> float:
-        return self.second[1] + self.slope * (size - self.second[0])
-
-    def reaches(self, limit: float) -> int:
-        """The largest size that needs no more than `limit`; 0 where none does."""
-        if self.slope == 0:
-            raise ValueError(f"plan: batches of {self.first[0]} and {self.second[0]} need the same; plan a larger batch")
-        return max(0, int((limit - self.at(0)) // self.slope))
+    half = max(2, size // 2)  # batch statistics want more than one image
+    if half == size:
+        return points(size, 2 * size)
+    try:
+        return points(half, size)
+    except ValueError:
+        if half < 4:
+            raise
+        return points(half // 2, half)
 
 
-def _measured(arguments: Sequence[str]) -> dict[str, float]:
+def measure_apart(arguments: Sequence[str]) -> dict[str, float]:
+    """`pyaccel plan` with these arguments in a process of its own: "bytes" and "seconds" of a step."""
     done = subprocess.run([sys.executable, "-m", "pyaccel", "plan", *arguments], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith(LINE)]
     if done.returncode or not lines:
@@ -140,7 +166,7 @@ def measure(recipe: str, module: ModuleType, config: Any, name: str, size: int) 
     images, device = training_set(config, recipe, module), device_of(config)
     network = networks_of(recipe, module, config, images)[name]
     model, batch = network.build().to(device), batch_of(images, size, device)
-    bytes_, seconds = measure_step(model, optimize(config), network.loss, batch, amp=AMP_TYPES[config.amp])
+    bytes_, seconds = measure_step(model, optimizer_of(config, network), network.loss, batch, amp=AMP_TYPES[config.amp])
     return LINE + json.dumps({"bytes": bytes_, "seconds": seconds})
 
 
@@ -153,15 +179,16 @@ def memory_of(device: torch.device) -> int:
 
 def table(plans: Sequence[Plan]) -> list[tuple[str, ...]]:
     """Rows for people, the first one the header."""
-    def mib(n: int | None) -> str:
-        return "-" if n is None else f"{n / 2**20:.0f}"
+    def mib(n: int) -> str:
+        return f"{n / 2**20:.0f}"
 
     rows = [("network", "batch", "weights, MiB", "gradients, optimizer, MiB", "activations, MiB", "tensors at once, MiB",
              "process, MiB", "step, s", "images/s", "largest batch")]  # fmt: skip
     for p in plans:
         c = p.counted
         rows.append((p.network, str(p.batch), mib(c.weights), mib(c.gradients + c.optimizer), mib(c.activations),
-                     mib(c.peak), mib(p.bytes), "-" if p.seconds is None else f"{p.seconds:.3g}",
-                     "-" if p.seconds is None else f"{p.batch / p.seconds:.3g}",
+                     mib(c.peak), "-" if p.time is None else mib(int(p.memory.at(p.batch))),
+                     "-" if p.time is None else f"{p.time.at(p.batch):.3g}",
+                     "-" if p.time is None else f"{p.batch / p.time.at(p.batch):.3g}",
                      f"{p.largest} in {p.limit / 2**30:.1f} GiB"))  # fmt: skip
     return rows

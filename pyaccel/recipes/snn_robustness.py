@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from pyaccel.recipes.classifier import (
     check_choices,
     choose_preset,
     chosen,
+    cross_entropy,
     device_of,
     open_data,
     say,
@@ -38,12 +40,14 @@ from pyaccel.recipes.hybrid_training import (
     check_hybrid,
     convert,
     drops,
+    planned,
     read_or_make,
     scaled,
     spiking_logits,
     train_ann,
     tune,
 )  # fmt: skip
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.report import Report, write
 from pyaccel.recipes.snn_robustness_measure import Bench, agreement, controls, share, sweeps
 from pyaccel.recipes.snn_robustness_report import describe, results
@@ -129,6 +133,15 @@ PRESETS = {"smoke": SMOKE, "desk": DESK, "paper": PAPER}
 def preset(name: str, data: str | None = None) -> Config:
     """The configuration of a preset. desk: another one for the packaged digits than for CIFAR-10."""
     return choose_preset(PRESETS, name, data, desk_digits=DESK_DIGITS)
+
+
+def networks(config: Config, images: Images) -> dict[str, Network]:
+    """What this recipe trains, for `pyaccel plan`."""
+    found = planned(config, images, surrogate="linear", steps=config.steps, leak=config.leak, mean_readout=True)
+    if "bntt" in config.networks:
+        build = partial(bntt_network, config, images, config.seeds[0])
+        found["bntt"] = Network(build, cross_entropy(spiking_logits))
+    return found
 
 
 def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:
@@ -232,25 +245,26 @@ class Trained:
         return self.made[part]
 
     def bntt(self) -> nn.Module:
-        config, train = self.config, self.train
-        seed_everything(self.seed)
-        options = dict(input_shape=train.shape, classes=len(train.classes), steps=config.bntt_steps, leak=0.95,
-        norm="bntt",
-                       neuron="bntt", gain=config.gain, mean_readout=True, dropout=(0.0, 0.0),
-                       seed=self.seed)  # fmt: skip
-        if config.model == "mlp":
-            model: nn.Module = models.SpikingVgg(MLP.scaled(config.width), **options)
-        else:
-            model = models.build(config.model, spiking=True, width=config.width, **options)
-        model = model.to(device_of(config), memory_format=torch.channels_last)
+        config = self.config
+        model = bntt_network(config, self.train, self.seed).to(device_of(config))
         optimizer, part = sgd(config, model), f"bntt/{self.folder}"
         train_classifier(
-            model, train, self.test, config, seed=self.seed, out=self.out / part, resume=resume_from(self.out, part,
-            self.resume),
-            name=part, free=FREE, of=spiking_logits, optimizer=optimizer,
-            scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, drops(config.epochs), 0.1),
+            model, self.train, self.test, config, seed=self.seed, out=self.out / part,
+            resume=resume_from(self.out, part, self.resume), name=part, free=FREE, of=spiking_logits,
+            optimizer=optimizer, scheduler=torch.optim.lr_scheduler.MultiStepLR(optimizer, drops(config.epochs), 0.1),
         )  # fmt: skip
         return model
+
+
+def bntt_network(config: Config, images: Images, seed: int) -> nn.Module:
+    seed_everything(seed)
+    options = dict(input_shape=images.shape, classes=len(images.classes), steps=config.bntt_steps, leak=0.95, norm="bntt",
+                   neuron="bntt", gain=config.gain, mean_readout=True, dropout=(0.0, 0.0), seed=seed)  # fmt: skip
+    if config.model == "mlp":
+        model: nn.Module = models.SpikingVgg(MLP.scaled(config.width), **options)
+    else:
+        model = models.build(config.model, spiking=True, width=config.width, **options)
+    return model.to(memory_format=torch.channels_last)
 
 
 def measure(config: Config, train: Images, test: Images, seed: int, out: Path, resume: str) -> dict[str, float | None]:

@@ -12,7 +12,9 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from pyaccel.recipes.classifier import ClassifierConfig, Images, check_choices, 
 from pyaccel.recipes.domains import SHIFTED, Domain, in_memory, open_pair
 from pyaccel.recipes.environment import environment
 from pyaccel.recipes.folder import open_run, resume_from
+from pyaccel.recipes.planning import Network
 from pyaccel.recipes.report import Report, write
 from pyaccel.recipes.source_free_parts import Rounds, SourceNet, diagnose, predict
 from pyaccel.recipes.source_free_report import describe, results
@@ -138,6 +141,34 @@ def preset(name: str, data: str | None = None) -> Config:
     return replace(config, data=data or config.data)
 
 
+def open_training(config: Config) -> SimpleNamespace:
+    """Shape and classes of what the networks see, for `pyaccel plan`: of the first source, or as Office-31 has them."""
+    channels, classes = 3, tuple(map(str, range(31)))
+    if config.data or os.environ.get("PYACCEL_DATA") or config.pairs == (SHIFTED,):
+        images = open_domains(config, config.pairs[0])[0].train
+        channels, classes = images.shape[0], images.classes
+    side = config.crop or config.size
+    return SimpleNamespace(shape=(channels, side, side), classes=classes)
+
+
+def networks(config: Config, images: SimpleNamespace) -> dict[str, Network]:
+    """The network of the source and the adapted one, for `pyaccel plan`; choosing prototypes needs less."""
+    def source() -> SourceNet:
+        seed_everything(config.seeds[0])
+        return source_net(config, images)
+
+    def target() -> TwoHeads:
+        return two_heads(config, source(), len(images.classes), config.variants[0])
+
+    def learning(model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
+        return model(batch.images, learn=True).loss, {}
+
+    return {
+        "source": Network(source, partial(source_loss, config), partial(source_sgd, config)),
+        "target": Network(target, learning, partial(target_sgd, config), config.adapt_batch),
+    }
+
+
 def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Report:
     """Train on each source, adapt to its target by each variant, in folders of `out` that survive a kill, and report.
 
@@ -146,7 +177,7 @@ def run(config: Config, *, out: str | os.PathLike, resume: str = "auto") -> Repo
     check(config)
     device = device_of(config)
     domains = {pair: open_domains(config, pair) for pair in config.pairs}
-    source_net(config, domains[config.pairs[0]][0])  # what does not fit is refused before anything is written
+    source_net(config, domains[config.pairs[0]][0].train)  # what does not fit is refused before anything is written
     out = open_run(out, asdict(config), resume=resume, free=FREE)
     measured = {}
     for pair in config.pairs:
@@ -190,10 +221,10 @@ def open_domains(config: Config, pair: str) -> tuple[Domain, Domain]:
     return tuple(found)
 
 
-def source_net(config: Config, domain: Domain) -> SourceNet:
+def source_net(config: Config, images: Images) -> SourceNet:
     """The network before any training, ImageNet weights in its features where the configuration names a file."""
     side = config.crop or config.size
-    shape, classes = (domain.train.shape[0], side, side), len(domain.train.classes)
+    shape, classes = (images.shape[0], side, side), len(images.classes)
     if config.model == "small":
         a, b, c = (max(1, round(n * config.width)) for n in (16, 32, 64))
         pool = nn.MaxPool2d(2) if side > 8 else nn.Identity()
@@ -240,7 +271,7 @@ def adapt(
 ) -> Adapted:  # fmt: skip
     """Train on the source, then adapt to the target by each variant, from the same source classifier."""
     seed_everything(seed)
-    net = source_net(config, source).to(device)
+    net = source_net(config, source.train).to(device)
     rows = train_source(config, net, source, pair, seed, device, out / "source", resume("source"))
     seconds = sum(row["seconds"] for row in rows)
     found = Adapted(
@@ -261,24 +292,15 @@ def train_source(
     config: Config, net: SourceNet, source: Domain, pair: str, seed: int, device: torch.device, out: Path, resume: str
 ) -> list[dict]:
     """Smoothed cross entropy, SGD with momentum (2007.01524 releases no source training: this follows SHOT's)."""
-    groups = [{"params": list(net.features.parameters()), "lr": config.lr * config.backbone_share},
-              {"params": list(net.head.parameters())}]  # fmt: skip
-    optimizer = torch.optim.SGD(
-        groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
-    )
+    optimizer = source_sgd(config, net)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: learning_rate_factor(epoch, config.epochs))
-
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        found = model(batch.images)
-        right = (found.argmax(1) == batch.labels).float().mean()
-        return F.cross_entropy(found, batch.labels, label_smoothing=config.smoothing), {"accuracy": right}
 
     batches = training_batches(config, source, config.batch_size, seed)
     return fit(
         config,
         net,
         optimizer,
-        loss,
+        partial(source_loss, config),
         batches,
         config.epochs,
         source,
@@ -289,6 +311,31 @@ def train_source(
         resume,
         scheduler,
     )
+
+
+def source_sgd(config: Config, net: SourceNet) -> torch.optim.Optimizer:
+    groups = [{"params": list(net.features.parameters()), "lr": config.lr * config.backbone_share},
+              {"params": list(net.head.parameters())}]  # fmt: skip
+    return torch.optim.SGD(
+        groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
+    )
+
+
+def source_loss(config: Config, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    found = model(batch.images)
+    right = (found.argmax(1) == batch.labels).float().mean()
+    return F.cross_entropy(found, batch.labels, label_smoothing=config.smoothing), {"accuracy": right}
+
+
+def two_heads(config: Config, net: SourceNet, classes: int, variant: str) -> TwoHeads:
+    return TwoHeads(
+        net.features, net.head, classes=classes, values=net.values, steps=config.steps, variant=variant,
+        capacity=config.capacity,
+    )  # fmt: skip
+
+
+def target_sgd(config: Config, model: TwoHeads) -> torch.optim.Optimizer:
+    return model.optimizer(config.adapt_lr, config.adapt_lr * config.feature_share)
 
 
 def train_target(
@@ -304,12 +351,8 @@ def train_target(
 ) -> tuple[TwoHeads, list[dict]]:
     """The adaptation; no label of the target is used."""
     seed_everything(seed)
-    model = TwoHeads(
-        net.features, net.head, classes=len(target.train.classes), values=net.values, steps=config.steps,
-        variant=variant,
-        capacity=config.capacity,
-    ).to(device)  # fmt: skip
-    optimizer = model.optimizer(config.adapt_lr, config.adapt_lr * config.feature_share)
+    model = two_heads(config, net, len(target.train.classes), variant).to(device)
+    optimizer = target_sgd(config, model)
     batches = training_batches(config, target, config.adapt_batch, seed)
     clean = config.memory == "clean"
     # Every process chooses the same prototypes, from all images.

@@ -54,7 +54,7 @@ def sources():
             config = source_free.preset("smoke")
             source, target = source_free.open_domains(config, PAIR)
             torch.manual_seed(seed)
-            net = source_free.source_net(config, source)
+            net = source_free.source_net(config, source.train)
             source_free.train_source(config, net, source, PAIR, seed, torch.device("cpu"), tmp / str(seed), "auto")
             made[seed] = config, net, target
         return made[seed]
@@ -298,7 +298,7 @@ def test_the_paper_s_network_on_folders_with_weights_from_a_file(tmp_path, image
         weights=str(tmp_path / "imagenet.safetensors"),
         size=80, crop=72, epochs=1, steps=2, watch_steps=2, batch_size=4, adapt_batch=4,
     )  # fmt: skip
-    net = source_free.source_net(config, source_free.open_domains(config, "amazon->webcam")[0])
+    net = source_free.source_net(config, source_free.open_domains(config, "amazon->webcam")[0].train)
     assert torch.equal(net.features[0].weight, theirs["conv1.weight"])
     assert sum(p.numel() for p in net.head.parameters()) == net.values * 256 + 256 + 256 * 2 + 2 and net.values == 51
     found = source_free.run(config, out=tmp_path / "run")

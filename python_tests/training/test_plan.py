@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from pyaccel import models
+from pyaccel import models, recipes
 from pyaccel.cli import main
 from pyaccel.data import Batch
-from pyaccel.recipes import classifier
+from pyaccel.recipes import classifier, planning
 from pyaccel.recipes.bntt import logits
 from pyaccel.recipes.classifier import cross_entropy
 from pyaccel.recipes.planning import LINE, Line
-from pyaccel.training.plan import LiveBytes, step_memory
+from pyaccel.training.plan import LiveBytes, measure_step, step_memory
 
 
 def sgd(model):
@@ -117,6 +117,41 @@ def test_plan_of_a_recipe(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out.removeprefix(LINE))
     assert found["bytes"] > 2**20 and found["seconds"] > 0
     assert main(["plan"]) == 2 and "plan: expected the name of a recipe first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(recipes.RECIPES))
+def test_every_recipe_says_what_it_trains(recipe):
+    """Each network that `pyaccel plan` counts is one whose training step runs, with its own loss and optimizer."""
+    module = recipes.find(recipe).load()
+    config = module.preset("smoke")
+    images = planning.training_set(config, recipe, module)
+    found = planning.networks_of(recipe, module, config, images)
+    assert found
+    for name, network in found.items():
+        plan = step_memory(network.build(), planning.optimizer_of(config, network), network.loss, planning.batch_of(images, 6))
+        assert plan.weights > 0 and plan.activations > 0, name
+        taken, seconds = measure_step(network.build(), planning.optimizer_of(config, network), network.loss,
+                                      planning.batch_of(images, 6), steps=2)  # fmt: skip
+        assert taken > plan.peak and seconds > 0, name
+
+
+def test_a_batch_that_does_not_run_is_planned_from_smaller_ones(monkeypatch):
+    asked = []
+
+    def measure(arguments):
+        size = int(arguments[-1])
+        asked.append(size)
+        if size > 40:
+            raise ValueError("plan: a measuring process failed: out of memory")
+        return {"bytes": 100 + 10 * size, "seconds": 0.5 * size}
+
+    monkeypatch.setattr(planning, "measure_apart", measure)
+    memory, time = planning.measured_lines(["bntt"], 64)
+    assert asked == [32, 64, 16, 32] and memory.at(64) == 740 and time.at(64) == 32
+    memory, _ = planning.measured_lines(["bntt"], 24)
+    assert asked[4:] == [12, 24] and memory.reaches(1100) == 100
+    with pytest.raises(ValueError, match="out of memory"):
+        planning.measured_lines(["bntt"], 1000)
 
 
 def test_double_precision_and_other_modules_are_counted_too():
