@@ -7,7 +7,7 @@ from torch import nn
 from pyaccel.models import cacl, resnet, vgg
 from pyaccel.models.cacl import Cacl, CaclNet
 from pyaccel.models.checkpoints import load_official
-from pyaccel.models.continual import ContinualNet, factor_parameters
+from pyaccel.models.continual import ContinualNet, factor_parameters, readout
 from pyaccel.models.released_continual import load_released_continual
 from pyaccel.models.resnet import ResidualNet, ResNet
 from pyaccel.models.spiking import SpikingLayer, SpikingNetwork, SpikingVgg
@@ -32,6 +32,7 @@ __all__ = [
     "load_official",
     "load_released_continual",
     "load_torchvision",
+    "readout",
 ]
 
 DESCRIPTIONS: dict[str, Vgg | ResNet | Cacl] = {**vgg.DESCRIPTIONS, **resnet.DESCRIPTIONS, **cacl.DESCRIPTIONS}

@@ -8,11 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel.nn.factorized import ENERGY, FactorizedConv2d, grown_spare
+from pyaccel.nn.task_norm import TaskBatchNorm2d
 
 
 def factor_parameters(ranks: Sequence[int], layers: Sequence[tuple[int, int]]) -> int:
     """sum over layers of R (I kh kw + O + 1): N, C and sigma of rank R; layers as (I kh kw, O) (2009.01956, code)."""
     return sum(r * (columns + outputs + 1) for r, (columns, outputs) in zip(ranks, layers, strict=True))
+
+
+def readout(values: int, classes: int, hidden: int | None = None) -> nn.Module:
+    """A linear read-out; with `hidden`, two without a nonlinearity between, as of the paper's VGG16 (32)."""
+    if hidden is None:
+        return nn.Linear(values, classes)
+    return nn.Sequential(nn.Linear(values, hidden), nn.Linear(hidden, classes))
 
 
 class ContinualNet(nn.Module):
@@ -27,18 +35,25 @@ class ContinualNet(nn.Module):
         features: such as `surgery.factorize(network.features)`.
         classes: of each task, in the order of learning.
         values: how many values `features` makes of an image.
+        hidden: None: one linear layer reads a task out; else two, so many values between them (see `readout`).
+
+    Batch normalisation in `features` is `TaskBatchNorm2d`: gains of the first task, statistics of each task's own.
     """
 
-    def __init__(self, features: nn.Module, classes: Sequence[int], values: int):
+    def __init__(self, features: nn.Module, classes: Sequence[int], values: int, hidden: int | None = None):
         super().__init__()
         self.features = features
-        self.heads = nn.ModuleList(nn.Linear(values, count) for count in classes)
+        self.heads = nn.ModuleList(readout(values, count, hidden) for count in classes)
         if not self.layers:
             raise ValueError("ContinualNet: features has no FactorizedConv2d; make them with surgery.factorize")
 
     @property
     def layers(self) -> list[FactorizedConv2d]:
         return [m for m in self.features.modules() if isinstance(m, FactorizedConv2d)]
+
+    @property
+    def norms(self) -> list[TaskBatchNorm2d]:
+        return [m for m in self.features.modules() if isinstance(m, TaskBatchNorm2d)]
 
     @property
     def finished(self) -> int:
@@ -52,7 +67,7 @@ class ContinualNet(nn.Module):
 
     def forward(self, images: Tensor, task: int | None = None) -> Tensor:
         """Logits of a finished task or, with None, of the one being trained (of the last one when all are finished)."""
-        for layer in self.layers:
+        for layer in (*self.layers, *self.norms):
             layer.task = task
         head = min(self.finished, len(self.heads) - 1) if task is None else task
         return self.heads[head](self.features(images))
@@ -78,6 +93,8 @@ class ContinualNet(nn.Module):
             earlier, slots, before = layer.ranks, layer.spare, len(layer.shared_sigma)
             freed = slots - (layer.finish_task(tolerance) - before)
             layer.renew(0 if last else grown_spare(freed, earlier, layer.full_rank, growth), generator)
+        for norm in self.norms:
+            norm.finish_task()
         return list(self.ranks[-1])
 
     def factor_parameters(self, ranks: Sequence[int] | None = None) -> int:
@@ -85,8 +102,12 @@ class ContinualNet(nn.Module):
         ranks = (self.ranks[-1] if self.ranks else [0] * len(self.layers)) if ranks is None else ranks
         return factor_parameters(ranks, [(layer.columns, layer.out_channels) for layer in self.layers])
 
+    def norm_parameters(self) -> int:
+        """Numbers that batch normalisation holds: gain and bias, and mean and variance of each finished task."""
+        return sum(2 * norm.channels * (1 + len(norm.task_mean)) for norm in self.norms)
+
     def trained(self) -> list[nn.Parameter]:
-        """What the task at hand trains: the slots of every layer and its own read-out."""
-        return [p for layer in self.layers for p in (layer.left, layer.sigma, layer.right)] + list(
-            self.heads[self.finished].parameters()
-        )
+        """What the task at hand trains: slots, its own read-out, and in the first task gains of normalisation."""
+        slots = [p for layer in self.layers for p in (layer.left, layer.sigma, layer.right)]
+        gains = [p for norm in self.norms for p in (norm.weight, norm.bias) if p.requires_grad]
+        return [*slots, *gains, *self.heads[self.finished].parameters()]

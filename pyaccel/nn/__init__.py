@@ -8,6 +8,7 @@ from pyaccel.nn.neuron import IF, LIF, STDBLIF, PoissonEncoder
 from pyaccel.nn.prototypes import PrototypeMemory, choose_prototypes, self_entropy
 from pyaccel.nn.quant import QuantConv2d, QuantLinear, load_packed_state, packed_state
 from pyaccel.nn.spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
+from pyaccel.nn.task_norm import TaskBatchNorm2d
 from pyaccel.nn.time import every_step
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SpikeConv2d",
     "SpikeLinear",
     "StoredOutput",
+    "TaskBatchNorm2d",
     "choose_prototypes",
     "convert_sync_bntt",
     "every_step",

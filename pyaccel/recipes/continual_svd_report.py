@@ -53,6 +53,8 @@ def results(
         for t, _ in enumerate(runs[0].ranks):
             for layer in range(len(runs[0].ranks[t])):
                 add(f"{method}/rank/{t + 1}/{layer + 1}", [run.ranks[t][layer] for run in runs], "1")
+        for t, _ in enumerate(runs[0].frozen):
+            add(f"{method}/frozen_penalty/{t + 1}", [run.frozen[t] for run in runs], "1")
         if runs[0].macs:
             add(f"{method}/macs/merged", [run.macs[0] for run in runs], "multiply-accumulates per image")
             add(f"{method}/macs/two_convolutions", [run.macs[1] for run in runs], "multiply-accumulates per image")
@@ -116,9 +118,10 @@ def _accuracy(report: Report, methods: list[str]) -> Section:
 
 def _ranks(report: Report) -> Section:
     layers = sum(r.name.startswith("svd/rank/1/") for r in report.results)
-    rows = [("after task", *(f"layer {i + 1}" for i in range(layers)))]
+    rows = [("after task", *(f"layer {i + 1}" for i in range(layers)), "penalty of what is frozen")]
     for t in range(1, _tasks(report, "svd") + 1):
-        rows.append((str(t), *(report[f"svd/rank/{t}/{i + 1}"].text(1) for i in range(layers))))
+        ranks = (report[f"svd/rank/{t}/{i + 1}"].text(1) for i in range(layers))
+        rows.append((str(t), *ranks, report[f"svd/frozen_penalty/{t}"].text(2)))
     parts = {name: report[f"svd/parameters/{name}"].value for name in ("convolutions", "readouts", "prefixes")}
     merged, two = (report[f"svd/macs/{form}"].value for form in ("merged", "two_convolutions"))
     text = [
@@ -128,6 +131,9 @@ def _ranks(report: Report) -> Section:
         "as in the published figures; neither are spare slots.",
         f"The last task costs {merged:,.0f} multiply-accumulates an image from merged weights and {two:,.0f} as two "
         "convolutions: merged weights are what to serve from wherever ranks have outgrown the full rank.",
+        "Penalty of what is frozen: sum over layers of P(N) + P(C), a constant in the loss of the next task. It grows "
+        "a little once ranks outgrow the layers; where a few tasks make it several, they were too short, or pruned "
+        "too little: factors were frozen that still hold their random start.",
     ]
     return Section("Ranks", text, rows, [("ranks.png", "Cumulative rank of every layer (first seed).")])
 
@@ -153,10 +159,9 @@ def _method(report: Report) -> Section:
         "How it was measured",
         [
             f"Network {c['model']}, width {c['width']:g}; {what}; data {c['data'] or 'PYACCEL_DATA'}; {c['epochs']} "
-            f"epochs "
-            f"a task, Adam {c['lr']:g}, batch {c['batch_size']}, lambda_s {c['sparsity']:g}, lambda_o "
-            f"{c['orthogonality']:g}, e {c['energy']:g}, growth {c['growth']}; seeds "
-            f"{', '.join(map(str, c['seeds']))}, "
+            f"epochs a task, Adam {c['lr']:g} (dense networks {c['dense_lr'] or c['lr']:g}), batch {c['batch_size']}, "
+            f"lambda_s {c['sparsity']:g}, lambda_o {c['orthogonality']:g}, e {c['energy']:g}, growth {c['growth']}; "
+            f"seeds {', '.join(map(str, c['seeds']))}, "
             "each with its own order of the tasks; tables are means over seeds, by place in the order.",
             "The last epoch of each task is reported, on every test image once. The published code looks at the test "
             "set "

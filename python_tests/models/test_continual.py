@@ -11,7 +11,7 @@ from torch import nn
 from pyaccel import models
 from pyaccel.hardware import cost
 from pyaccel.models import ContinualNet, factor_parameters
-from pyaccel.nn import grown_spare
+from pyaccel.nn import grown_spare, orthogonality
 from pyaccel.surgery import factorize, merge_factors
 
 FULL = (18, 57, 104, 115, 170)
@@ -175,11 +175,62 @@ def test_other_heads_get_no_gradient_and_a_task_trains_its_own_slots():
     )
 
 
+def frozen_penalties(steps, tasks=4):
+    """P(N) + P(C) of what is frozen, summed over the layers, after each task of so many steps; and the last ranks."""
+    net, found = small(tasks), []
+    for task in range(tasks):
+        learn(net, task, steps=steps)
+        found.append(sum(float(p) for layer in net.layers for p in (
+            orthogonality(layer.shared_left), orthogonality(layer.shared_right))))  # fmt: skip
+    return found, net.ranks[-1]
+
+
+def test_penalties_of_the_frozen_space_do_not_grow_once_a_task_is_long_enough():
+    """Steps times learning rate must exceed the factors' own size, or tasks freeze their random start: the control."""
+    settled, few = frozen_penalties(150)
+    unsettled, many = frozen_penalties(5)
+    assert max(settled) < 1 and unsettled[-1] > 5 and unsettled[-1] > unsettled[0]
+    assert all(a < b for a, b in zip(few, many, strict=True))  # and pruning finds something to prune
+
+
 def test_a_saved_network_loads_with_its_ranks():
     net, other = small(), small(seed=9)
     learn(net, 0)
     other.load_state_dict(net.state_dict())
     assert torch.equal(asked(other, 0), asked(net, 0)) and other.ranks == net.ranks
+
+
+def normalised(tasks=3):
+    torch.manual_seed(0)
+    features = nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.Flatten(),
+    )  # fmt: skip
+    return ContinualNet(factorize(features), (2,) * tasks, 8 * 16, hidden=4)
+
+
+def test_batch_normalisation_keeps_statistics_of_each_task_and_gains_of_the_first():
+    """With its running statistics for all tasks, the control, an old task drifts."""
+    net, then = normalised(), {}
+    for task in range(3):
+        trained = len(net.trained())
+        assert trained == 2 * 3 + 4 + (4 if task == 0 else 0)  # factors, two linear layers, gains
+        learn(net.train(), task)
+        then[task] = asked(net.eval(), task)
+        assert (then[task].argmax(1) == blobs(task)[1]).float().mean() > 0.9
+    assert all(torch.equal(asked(net, task), then[task]) for task in range(3))
+    served = nn.Sequential(merge_factors(net.features, 0), net.heads[0]).eval()
+    with torch.no_grad():
+        assert torch.equal(served(blobs(0)[0]), then[0])
+    assert net.norm_parameters() == 2 * 2 * 8 * (1 + 3)
+    other = normalised()
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(asked(other.eval(), 1), then[1]) and not other.norms[0].weight.requires_grad
+    for norm in net.norms:
+        norm.task_mean[0], norm.task_var[0] = norm.running_mean, norm.running_var
+    assert (asked(net, 0) - then[0]).abs().max() > 0.01
+    with pytest.raises(IndexError, match="task 3 is not among the 3 finished tasks"):
+        net.norms[0].statistics(3)
 
 
 def test_features_without_factors_are_refused():

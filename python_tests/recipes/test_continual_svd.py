@@ -12,8 +12,10 @@ import torch
 
 from pyaccel.cli import main
 from pyaccel.data import ImageSet, digits8
+from pyaccel.models import ContinualNet
 from pyaccel.recipes import continual_svd, continual_tasks, report
 from pyaccel.recipes.continual_svd_report import forgetting
+from pyaccel.surgery import factorize
 from pyaccel.training.log import TIME_COLUMNS
 
 pytest.importorskip("sklearn")
@@ -153,6 +155,7 @@ def test_ranks_sizes_and_compute_are_consistent(smoke):
     assert found["individual_over_svd/size"].value == pytest.approx((5 * dense + heads) / (held + heads))
     pixels = (64, 64, 16)
     assert found["svd/macs/merged"].value == sum(p * c * o for p, (c, o) in zip(pixels, shapes, strict=True))
+    assert all(0 < found[f"svd/frozen_penalty/{t}"].value < 100 for t in range(1, 6))
     two = sum(p * r * (c + o) for p, r, (c, o) in zip(pixels, ranks[-1], shapes, strict=True))
     assert found["svd/macs/two_convolutions"].value == two
 
@@ -225,7 +228,9 @@ def test_bad_fields_are_refused_before_anything_is_written(tmp_path, monkeypatch
         ({"growth": "much"}, "growth: expected some of mean, full, none, got much"),
         ({"tasks": 3}, "10 classes cannot be cut into 3 tasks"),
         ({"sparsity": -1.0}, "sparsity must not be negative"),
-        ({"model": "vgg9_bntt"}, "holds values that every task would change|too small"),
+        ({"dense_lr": 0.0}, "dense_lr must be positive, got 0"),
+        ({"model": "vgg9_bntt"}, "model: expected small, cacl_net or a VGG in its artificial form, got vgg9_bntt"),
+        ({"model": "mlp"}, "Linear\\) holds values that every task would change"),
     ]:
         with pytest.raises(ValueError, match=message):
             continual_svd.run(replace(config, **change), out=tmp_path / "run")
@@ -236,6 +241,35 @@ def test_bad_fields_are_refused_before_anything_is_written(tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="unknown preset 'huge'"):
         continual_svd.preset("huge")
+
+
+def test_vgg16_with_batch_normalisation_as_in_the_paper():
+    """Configuration D, thirteen 3x3 convolutions, and read-outs of 512 -> 32 -> classes."""
+    config = replace(continual_svd.preset("smoke"), model="vgg16", head=32)
+    pixels, labels = torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.arange(5)
+    images = ImageSet(pixels, labels, "abcde", "x")
+    features, values = continual_svd.features_of(config, continual_tasks.Task("x", images, images, None, None))
+    net = ContinualNet(factorize(features), (5,), values, config.head)
+    channels = [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    assert [layer.out_channels for layer in net.layers] == [norm.channels for norm in net.norms] == channels
+    assert sum(p.numel() for p in net.heads.parameters()) == 512 * 32 + 32 + 32 * 5 + 5
+
+
+def test_vgg16_forgets_nothing_and_the_control_does(tmp_path, idx_files):
+    for name in ("mnist", "usps", "fashion_mnist"):
+        idx_files(tmp_path / name, 16 if name == "usps" else 28)
+    config = continual_svd.preset("desk", str(tmp_path))
+    config = replace(config, model="vgg16", head=32, width=0.05, batch_size=6, epochs=1, device="cpu")
+    found = continual_svd.run(config, out=tmp_path / "run")
+    assert found["svd/largest_logit_change"].value == 0 and found["decayed/largest_logit_change"].value > 0
+    channels = 2 * 3 + 2 * 6 + 3 * 13 + 6 * 26
+    dense = found["individual/parameters/convolutions"].value  # weights; gain, bias, mean and variance
+    outputs = [3, 3, 6, 6, 13, 13, 13] + [26] * 6
+    weights = sum(9 * i * o for i, o in zip([3, *outputs], outputs, strict=False))
+    assert dense == 3 * (weights + 4 * channels)
+    factors = sum(found[f"svd/rank/3/{k + 1}"].value * (9 * i + o + 1)
+                  for k, (i, o) in enumerate(zip([3, *outputs], outputs, strict=False)))  # fmt: skip
+    assert found["svd/parameters/convolutions"].value == factors + 2 * channels * (1 + 3)
 
 
 def test_presets_follow_the_protocols(tmp_path, idx_files):
@@ -255,6 +289,18 @@ def test_presets_follow_the_protocols(tmp_path, idx_files):
     (tmp_path / "miniImageNet").mkdir()
     assert continual_svd.preset("paper", str(tmp_path / "miniImageNet")).protocol == "mini_imagenet"
     assert continual_svd.preset("desk", "digits").tasks == 5
+
+
+@pytest.mark.parametrize("config, images", [
+    (continual_svd.PAPER, 2_500), (continual_svd.DESK, continual_svd.DESK.train_images),
+    (continual_svd.DESK_SETS, continual_svd.DESK_SETS.train_images), (continual_svd.DESK_DIGITS, 285),
+])  # fmt: skip
+def test_a_task_of_a_preset_is_long_enough_to_leave_its_random_start(config, images):
+    """Adam moves a value by at most lr a step. Of sigma's start, N(0, 1), a task must be able to cover its size; tasks
+    that could move 0.2 froze their starts, and the network was at chance from the sixth of twenty on."""
+    ends = [0, *(round(share * config.epochs) for share in config.lr_drops), config.epochs]
+    epochs = sum((b - a) * 0.1**k for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False)))
+    assert epochs * (images // config.batch_size) * config.lr >= 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pyaccel import models
-from pyaccel.nn import FactorizedConv2d
+from pyaccel.nn import FactorizedConv2d, TaskBatchNorm2d
 from pyaccel.surgery import factorize, merge_factors
 
 
@@ -30,8 +30,9 @@ def test_a_network_of_the_users_own_there_and_back():
 
 @pytest.mark.parametrize("layers, message", [
     ([nn.Conv2d(3, 4, 3)], "0 has a bias, which every task would change: build it with bias=False"),
-    ([nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)],
-    r"1 \(BatchNorm2d\) holds values that every task would change"),
+    ([nn.Conv2d(3, 4, 3, bias=False), nn.GroupNorm(2, 4)],
+    r"1 \(GroupNorm\) holds values that every task would change"),
+    ([nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, track_running_stats=False)], r"1 \(BatchNorm2d\) holds values"),
     ([nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4, 2)], r"2 \(Linear\) holds values"),
     ([nn.Conv2d(4, 4, 3, groups=2, bias=False)], "0 has groups or a padding mode"),
     ([nn.ReLU()], "it has no Conv2d"),
@@ -39,6 +40,21 @@ def test_a_network_of_the_users_own_there_and_back():
 def test_what_every_task_would_change_is_refused_by_name(layers, message):
     with pytest.raises(ValueError, match=message):
         factorize(nn.Sequential(*layers))
+
+
+def test_batch_normalisation_becomes_that_of_tasks_and_ordinary_again():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, eps=1e-3, momentum=0.2), nn.ReLU())
+    made = factorize(net).double()
+    assert isinstance(made[1], TaskBatchNorm2d) and (made[1].eps, made[1].momentum) == (1e-3, 0.2)
+    images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    made(images)
+    for layer in made[:2]:
+        layer.finish_task()
+    merged = merge_factors(made, 0).eval()
+    assert type(merged[1]) is nn.BatchNorm2d and merged[1].eps == 1e-3
+    made(3 * images)  # the statistics move on; those of the finished task do not
+    made[0].task = made[1].task = 0
+    assert torch.equal(made.eval()(images), merged(images))
 
 
 def test_the_read_out_of_a_whole_network_is_refused_and_its_features_are_not():
