@@ -125,9 +125,11 @@ def plan(recipe: str, module: ModuleType, config: Any, again: Sequence[str] | No
             return step_memory(model, optimizer_of(config, network), network.loss, batch_of(images, n),
                                amp=AMP_TYPES[config.amp])  # fmt: skip
 
-        whole, half = counted(size), max(2, size // 2) if size != 2 else 4
-        memory, time = Line((half, counted(half).peak), (size, whole.peak)), None
-        if again is not None:
+        whole = counted(size)
+        if again is None:
+            half = max(2, size // 2) if size != 2 else 4
+            memory, time = Line((half, counted(half).peak), (size, whole.peak)), None
+        else:
             memory, time = measured_lines([*again, "--network", name], size)
         found.append(Plan(name, size, whole, memory, time, limit))
     return found

@@ -137,20 +137,9 @@ def neurons_of(snn) -> list[int]:
     return found
 
 
-def test_noise_is_of_the_attack_s_size_and_judges_are_not_the_attackers_draw():
-    class Images:
-        classes, shape = ["a", "b", "c"], (1, 4, 4)
-
-        def __len__(self):
-            return 5
-
-        def batch(self, ids):
-            generator = torch.Generator().manual_seed(0)
-            images = torch.randint(0, 256, (5, 1, 4, 4), generator=generator, dtype=torch.uint8)
-            return images[ids], torch.tensor([0, 1, 2, 0, 1])[ids]
-
+def test_noise_is_of_the_attack_s_size_and_judges_are_not_the_attackers_draw(five_images):
     config = replace(snn_robustness.preset("smoke"), batch_size=2, steps_at_once=5)
-    bench, (ann, snn) = Bench(config, Images()), converted()
+    bench, (ann, snn) = Bench(config, five_images), converted()
     ann.eval()
     clean, noisy = bench.made(None), bench.made(bench.noise(0.1))
     assert [len(b.images) for b in clean] == [2, 2, 1]

@@ -60,20 +60,8 @@ def test_a_seed_without_gradient_is_counted_and_leaves_no_mean_of_the_others():
     assert section.table[1][2] == "25.0 ± 0.0" and not any("dead" in line for line in section.text)
 
 
-class Images:
-    classes, shape = ["a", "b", "c"], (1, 4, 4)
-
-    def __len__(self):
-        return 5
-
-    def batch(self, ids):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (5, 1, 4, 4), generator=generator, dtype=torch.uint8)
-        return images[ids], torch.arange(5)[ids] % 3
-
-
-def test_only_a_missing_gradient_is_forgiven_and_nothing_withstood_is_not_everything():
-    bench = Bench(replace(SMALL, batch_size=2, surrogates=()), Images())
+def test_only_a_missing_gradient_is_forgiven_and_nothing_withstood_is_not_everything(five_images):
+    bench = Bench(replace(SMALL, batch_size=2, surrogates=()), five_images)
 
     def wrong(x, y):
         raise ValueError("attack: eps must be >= 0")
